@@ -1,0 +1,2 @@
+//! ublkctl: the command line of blockfork.
+fn main() {}

@@ -1,0 +1,275 @@
+//! A pool's file or block device, opened exclusively, and blocking I/O on it.
+//!
+//! The lock belongs to the open file that carries the I/O, so it outlives a killed process for as long as the kernel
+//! still works on what that process submitted: whoever gets the lock knows that nothing of the old owner can land.
+
+#![expect(unsafe_code, reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std")]
+
+use super::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+/// How to open a pool's file.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// For writing, and so alone; otherwise shared with other readers.
+    pub write: bool,
+    /// How long to wait for a lock whose owner died with I/O under way, in milliseconds.
+    pub lock_wait_ms: u64,
+}
+
+/// An open, locked pool file or block device.
+#[derive(Debug)]
+pub struct PoolFile {
+    file: File,
+    path: PathBuf,
+    bytes: u64,
+    is_direct: bool,
+    is_block_device: bool,
+    sector_bytes: u64,
+}
+
+const LOCK_POLL: Duration = Duration::from_millis(20);
+
+impl PoolFile {
+    /// Opens `path` with O_DIRECT, or buffered where the file system refuses that, and locks it.
+    pub fn open(path: &Path, access: Access) -> Result<Self> {
+        let shown = path.display();
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, format!("{shown}: cannot be opened")))?;
+        let is_block_device = metadata.file_type().is_block_device();
+        if !is_block_device && !metadata.file_type().is_file() {
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{shown}: neither a file nor a block device"),
+            ));
+        }
+        // O_EXCL without O_CREAT claims a block device: it fails while a mount or another claim holds it.
+        let claim = if is_block_device && access.write { libc::O_EXCL } else { 0 };
+        let mut waited_ms = 0;
+        let (file, is_direct) = loop {
+            let attempt = open_direct_or_buffered(path, access.write, claim).and_then(|(file, is_direct)| {
+                lock(&file, access.write)?;
+                Ok((file, is_direct))
+            });
+            match attempt {
+                Ok(opened) => break opened,
+                Err(e) if is_contention(&e) && waited_ms < access.lock_wait_ms => {
+                    thread::sleep(LOCK_POLL);
+                    waited_ms += 20;
+                }
+                Err(e) if is_contention(&e) => {
+                    return Err(Error::with(ErrorKind::Busy, busy_message(path, &metadata, is_block_device)));
+                }
+                Err(e) => return Err(Error::io(e, format!("{shown}: cannot be opened"))),
+            }
+        };
+        let (bytes, sector_bytes) = if is_block_device {
+            (block_device_bytes(&file), block_device_sector(&file))
+        } else {
+            (file.metadata().map(|m| m.len()), Ok(SECTOR_BYTES))
+        };
+        let failed = |e| Error::io(e, format!("{shown}: its size cannot be read"));
+        Ok(Self {
+            bytes: bytes.map_err(failed)?,
+            sector_bytes: sector_bytes.map_err(failed)?,
+            file,
+            path: path.to_owned(),
+            is_direct,
+            is_block_device,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size when it was opened.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Its size in whole blocks.
+    pub fn blocks(&self) -> u64 {
+        self.bytes / BLOCK_BYTES
+    }
+
+    /// Whether I/O goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
+    /// Whether it is a block device rather than a file.
+    pub fn is_block_device(&self) -> bool {
+        self.is_block_device
+    }
+
+    /// The smallest unit of I/O, in bytes.
+    pub fn sector_bytes(&self) -> u64 {
+        self.sector_bytes
+    }
+
+    /// Sets the length of a file (not of a device) and makes that durable.
+    pub fn set_bytes(&mut self, bytes: u64) -> Result<()> {
+        let failed = |e| Error::io(e, format!("{}: cannot be resized", self.path.display()));
+        self.file.set_len(bytes).map_err(failed)?;
+        self.file.sync_all().map_err(failed)?;
+        self.bytes = bytes;
+        Ok(())
+    }
+}
+
+impl AsRawFd for PoolFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn open_direct_or_buffered(path: &Path, write: bool, claim: i32) -> io::Result<(File, bool)> {
+    let open = |flags| {
+        OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(flags | libc::O_CLOEXEC)
+            .open(path)
+    };
+    match open(claim | libc::O_DIRECT) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((open(claim)?, false)),
+        other => Ok((other?, true)),
+    }
+}
+
+fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+    let operation = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    // SAFETY: flock takes a descriptor and an integer; the descriptor is open.
+    match unsafe { libc::flock(file.as_raw_fd(), operation | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_contention(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EWOULDBLOCK | libc::EBUSY))
+}
+
+/// Names the process that holds the lock, where `/proc/locks` tells.
+fn busy_message(path: &Path, metadata: &std::fs::Metadata, is_block_device: bool) -> String {
+    let shown = path.display();
+    let inode = format!(":{}", metadata.ino());
+    let holder = std::fs::read_to_string("/proc/locks").ok().and_then(|locks| {
+        locks.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            match fields.as_slice() {
+                [_, "FLOCK", _, _, pid, place, ..] if place.ends_with(&inode) => pid.parse::<u32>().ok(),
+                _ => None,
+            }
+        })
+    });
+    match holder {
+        Some(pid) => format!("{shown}: in use by process {pid}; stop it, or talk to the pool through it"),
+        None if is_block_device => format!("{shown}: in use (mounted, or claimed by another process)"),
+        None => format!("{shown}: in use by another process"),
+    }
+}
+
+/// `BLKGETSIZE64` of `linux/fs.h`.
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+/// `BLKSSZGET` of `linux/fs.h`.
+const BLKSSZGET: libc::c_ulong = 0x1268;
+/// `BLKDISCARD` of `linux/fs.h`.
+const BLKDISCARD: libc::c_ulong = 0x1277;
+
+fn block_device_bytes(file: &File) -> io::Result<u64> {
+    let mut bytes = 0_u64;
+    // SAFETY: the ioctl writes one u64, to which the pointer leads.
+    match unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } {
+        0 => Ok(bytes),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn block_device_sector(file: &File) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int, to which the pointer leads.
+    match unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &raw mut bytes) } {
+        0 => Ok(u64::try_from(bytes).unwrap_or(SECTOR_BYTES)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Blocking I/O on a pool file, for threads that have no ring.
+#[derive(Clone, Debug)]
+pub struct FileDevice {
+    file: Arc<PoolFile>,
+}
+
+impl FileDevice {
+    /// A device over `file`.
+    pub fn new(file: Arc<PoolFile>) -> Self {
+        Self { file }
+    }
+
+    /// The file below.
+    pub fn file(&self) -> &Arc<PoolFile> {
+        &self.file
+    }
+
+    fn failed(&self, source: io::Error, operation: &str, offset: u64) -> Error {
+        if source.kind() == io::ErrorKind::UnexpectedEof {
+            return Error::corrupt(format!(
+                "{}: ends before byte {offset}, which the pool uses; it was truncated",
+                self.file.path.display()
+            ));
+        }
+        Error::io(source, format!("{}: {operation} at byte {offset} failed", self.file.path.display()))
+    }
+}
+
+impl Device for FileDevice {
+    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let done = self.file.file.read_exact_at(buffer, offset);
+        done.map_err(|e| self.failed(e, "read", offset))
+    }
+
+    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+        let done = self.file.file.write_all_at(buffer, offset);
+        done.map_err(|e| self.failed(e, "write", offset))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.file.file.sync_data().map_err(|e| self.failed(e, "flush", 0))
+    }
+
+    async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {
+        let fd = self.file.as_raw_fd();
+        let failed = if self.file.is_block_device {
+            let range = [offset, bytes];
+            // SAFETY: the ioctl reads two u64, to which the pointer leads.
+            unsafe { libc::ioctl(fd, BLKDISCARD, range.as_ptr()) != 0 }
+        } else {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else {
+                return Err(Error::new(ErrorKind::Invalid));
+            };
+            // SAFETY: fallocate takes integers; the descriptor is open.
+            unsafe { libc::fallocate(fd, mode, offset, bytes) != 0 }
+        };
+        if !failed {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        match source.raw_os_error() {
+            // A discard is advice: a file system or a device that cannot take it loses nothing.
+            Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS) => Ok(()),
+            _ => Err(self.failed(source, "discard", offset)),
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The pool's storage below the engine: byte ranges read, written, flushed and discarded, asynchronously.
+//! This is the one seam that tests replace. Everything above it is deterministic.
+
+pub mod buffer;
+pub mod file;
+
+pub use buffer::BlockBuf;
+pub use file::{Access, FileDevice, PoolFile};
+
+use crate::error::Result;
+
+/// A pool's storage, as one thread uses it.
+///
+/// A future that was polled once must be driven to its end: the kernel may be using its buffer.
+#[expect(async_fn_in_trait, reason = "each thread drives its own futures; none crosses threads")]
+pub trait Device {
+    /// Fills `buffer` with the bytes from `offset`. Both are multiples of 512; the buffer is aligned to 512.
+    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
+
+    /// Writes the whole of `buffer` at `offset`; volatile until a [`Device::flush`] that starts after this ended.
+    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()>;
+
+    /// Makes every write that ended before this call durable.
+    async fn flush(&self) -> Result<()>;
+
+    /// Says that the bytes are not needed any more; what they read as afterwards is unspecified.
+    async fn discard(&self, offset: u64, bytes: u64) -> Result<()>;
+}

@@ -1,0 +1,20 @@
+//! Every upper bound of the engine. A queue, a list or a size that comes from outside is held against one of these.
+
+use crate::units::BLOCK_BYTES;
+
+/// Bytes in the longest name of a pool, a volume or a snapshot.
+pub const NAME_BYTES_MAX: usize = 127;
+/// The smallest pool, in blocks (16 MiB).
+pub const POOL_BLOCKS_MIN: u64 = 16 * 1024 * 1024 / BLOCK_BYTES;
+/// The largest pool, in blocks (2^44, 64 PiB).
+pub const POOL_BLOCKS_MAX: u64 = 1 << 44;
+/// The largest volume, in bytes (1 PiB).
+pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
+/// The most volumes and snapshots of one pool, those being deleted included.
+pub const VOLUMES_MAX: usize = 1 << 22;
+/// The most blocks that one journal record maps or unmaps.
+pub const RECORD_BLOCKS_MAX: u64 = 1 << 20;
+/// The most targets that one `snapshot` command names; their record must fit one journal block.
+pub const SNAPSHOT_GROUP_MAX: usize = 256;
+/// Bytes of redo records that may wait in memory for a commit before writers wait.
+pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;

@@ -1,0 +1,2 @@
+//! cargo x: every developer command.
+fn main() {}
