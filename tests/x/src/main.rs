@@ -1,2 +1,95 @@
-//! cargo x: every developer command.
-fn main() {}
+//! `cargo x`: every developer command, one file per verb.
+
+mod command;
+mod guest;
+mod paths;
+mod setup;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo x",
+    about = "Every developer command of blockfork",
+    disable_help_subcommand = true
+)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what building and testing need (Debian packages)
+    Setup,
+    /// Run a shell command in a virtual machine that has ublk
+    Guest {
+        /// The guest's kernel: "new" (the newest cloud kernel of Debian's backports) or "6.12"
+        #[arg(long, default_value = "new")]
+        kernel: guest::Kernel,
+        /// Let the guest's clock count instructions, so that times repeat
+        #[arg(long)]
+        icount: bool,
+        /// Attach an image file as /dev/vda, the next one as /dev/vdb, ...
+        #[arg(long, value_name = "FILE")]
+        disk: Vec<PathBuf>,
+        /// Copy a program (with its libraries) or a file into the guest's /root
+        #[arg(long, value_name = "FILE")]
+        add: Vec<PathBuf>,
+        /// Kill the guest after so many seconds
+        #[arg(long, default_value_t = 600)]
+        limit: u64,
+        /// Start without ublkctl
+        #[arg(long)]
+        bare: bool,
+        /// The command; several words are joined with blanks
+        #[arg(
+            last = true,
+            default_value = "uname -a; lsmod; ls -l /dev/ublk-control"
+        )]
+        command: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("x: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> anyhow::Result<ExitCode> {
+    match verb {
+        Verb::Setup => setup::install_missing()?,
+        Verb::Guest {
+            kernel,
+            icount,
+            disk,
+            add,
+            limit,
+            bare,
+            command,
+        } => {
+            setup::install_missing()?;
+            let mut job = guest::Job::new(kernel, &command.join(" "), Duration::from_secs(limit));
+            job.instruction_clock = icount;
+            job.disks = disk;
+            for file in add {
+                job.add_to_root(&file)?;
+            }
+            if !bare {
+                job.add_program(&command::build_ublkctl()?, "ublkctl");
+            }
+            let outcome = job.run()?;
+            return Ok(ExitCode::from(outcome.status));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,64 @@
+//! Running other programs: say what runs, fail with its name.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::paths;
+
+/// The program and its arguments as one would type them.
+pub fn shown(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
+    words.extend(
+        command
+            .get_args()
+            .map(|word| word.to_string_lossy().into_owned()),
+    );
+    words.join(" ")
+}
+
+/// Runs it with this process's output; an exit status other than 0 is an error.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
+    if !status.success() {
+        bail!("{} failed: {status}", shown(command));
+    }
+    Ok(())
+}
+
+/// Like [`run`], with the command shown first: for the steps that a developer waits for.
+pub fn run_shown(command: &mut Command) -> Result<()> {
+    eprintln!("+ {}", shown(command));
+    run(command)
+}
+
+/// Runs it and returns what it wrote on stdout.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot start {}", shown(command)))?;
+    if !output.status.success() {
+        bail!("{} failed: {}", shown(command), output.status);
+    }
+    String::from_utf8(output.stdout)
+        .with_context(|| format!("{}: its output is not UTF-8", shown(command)))
+}
+
+/// The cargo that runs us, in the repository's top folder.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(paths::root());
+    cargo
+}
+
+/// Builds the release `ublkctl` and returns its path.
+pub fn build_ublkctl() -> Result<PathBuf> {
+    run_shown(cargo().args(["build", "--locked", "--release", "--package", "ublkctl"]))?;
+    Ok(paths::target().join("release/ublkctl"))
+}

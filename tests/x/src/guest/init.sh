@@ -1,0 +1,31 @@
+#!/bin/busybox sh
+# The guest's first process: prepares it, runs /command, reports its exit status, powers off.
+export PATH=/usr/bin:/usr/sbin:/bin:/sbin HOME=/root TERM=dumb LANG=C.UTF-8
+busybox mount -t proc proc /proc
+busybox mount -t sysfs sys /sys
+busybox mount -t devtmpfs dev /dev
+mkdir -p /dev/shm /dev/pts
+busybox mount -t devpts pts /dev/pts
+for place in /run /tmp /dev/shm; do busybox mount -t tmpfs -o mode=1777 tmpfs "$place"; done
+hostname guest
+modprobe brd rd_nr=2 rd_size=1048576 max_part=0
+modprobe loop
+modprobe ublk_drv
+[ -d /sys/bus/virtio/devices ] && modprobe virtio_blk
+echo "@@x up $(uname -r)"
+
+# Through a pipe, so that programs don't take the console for a person's terminal. Daemons that
+# the command left behind may hold the pipe open: nobody waits for its end.
+mkfifo /run/output
+cat /run/output &
+cd /root
+setsid /bin/sh /command </dev/null >/run/output 2>&1
+status=$?
+if [ "$status" -ne 0 ]; then
+  dmesg | grep -v -E 'Command line|Kernel command' | grep -E -A30 'BUG|WARNING|Oops|blocked for more|I/O error|ublk' | tail -n 60
+fi
+sleep 0.3
+echo
+echo "@@x exit $status"
+sync
+poweroff -f
