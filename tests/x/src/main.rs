@@ -1,6 +1,7 @@
 //! `cargo x`: every developer command, one file per verb.
 
 mod command;
+mod demo;
 mod guest;
 mod paths;
 mod setup;
@@ -26,6 +27,8 @@ struct Arguments {
 enum Verb {
     /// Install what building and testing need (Debian packages)
     Setup,
+    /// The main job on real data: create, snapshot, clone, roll back, kill, recover, check
+    Demo(demo::Options),
     /// Run a shell command in a virtual machine that has ublk
     Guest {
         /// The guest's kernel: "new" (the newest cloud kernel of Debian's backports) or "6.12"
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Setup => setup::install_missing()?,
+        Verb::Demo(options) => return demo::run(&options),
         Verb::Guest {
             kernel,
             icount,

@@ -16,7 +16,7 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 21] = [
+const PROGRAMS: [&str; 22] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
@@ -26,6 +26,7 @@ const PROGRAMS: [&str; 21] = [
     "fallocate",
     "findmnt",
     "fio",
+    "fsfreeze",
     "losetup",
     "lsblk",
     "mkfs.btrfs",
