@@ -1,1 +1,3 @@
 //! The shared kit of the suites.
+
+pub mod guest;

@@ -16,14 +16,17 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 22] = [
+const PROGRAMS: [&str; 28] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
+    "cmp",
     "dash",
+    "dd",
     "dumpe2fs",
     "e2fsck",
     "fallocate",
+    "find",
     "findmnt",
     "fio",
     "fsfreeze",
@@ -34,11 +37,14 @@ const PROGRAMS: [&str; 22] = [
     "mkfs.xfs",
     "mount",
     "resize2fs",
+    "sha256sum",
+    "tail",
+    "truncate",
     "umount",
+    "wipefs",
     "xfs_growfs",
     "xfs_io",
     "xfs_repair",
-    "wipefs",
 ];
 
 /// Where programs are looked for: the administrator's come first, and not everybody has them in PATH.

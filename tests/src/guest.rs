@@ -1,0 +1,389 @@
+//! The kit of the suites that need a real ublk device: pools, devices and mounts that clean up after themselves.
+//!
+//! Everything runs as a process, as users run it: `ublkctl`, `fio`, `mkfs`, `mount`.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// The RAM disk that most pools lie on: it takes `O_DIRECT`, as a real disk does.
+pub const RAM_DISK: &str = "/dev/ram0";
+/// One MiB.
+pub const MIB: u64 = 1 << 20;
+
+/// A pool with its own state and runtime folders. Dropping it detaches, stops its daemon and forgets it.
+#[derive(Debug)]
+pub struct Pool {
+    name: &'static str,
+    folder: PathBuf,
+}
+
+impl Pool {
+    /// A pool that fills the RAM disk.
+    pub fn on_ram_disk(name: &'static str) -> Self {
+        shell(&format!(
+            "dd if=/dev/zero of={RAM_DISK} bs=1M count=8 conv=fsync status=none"
+        ));
+        let pool = Self::prepare(name);
+        pool.ctl(&["pool", "create", name, RAM_DISK, "--force"]);
+        pool
+    }
+
+    /// A pool in a file of this size, on a tmpfs.
+    pub fn in_file(name: &'static str, size: &str) -> Self {
+        let pool = Self::prepare(name);
+        pool.ctl(&["pool", "create", name, &pool.path(), "--size", size]);
+        pool
+    }
+
+    fn prepare(name: &'static str) -> Self {
+        let folder = PathBuf::from(format!("/run/blockfork-{name}-{}", std::process::id()));
+        fs::create_dir_all(folder.join("run")).expect("a folder for the pool");
+        Self { name, folder }
+    }
+
+    /// Where a pool in a file lies.
+    pub fn path(&self) -> String {
+        self.folder.join("pool").display().to_string()
+    }
+
+    /// `VOLUME` or `VOLUME@SNAPSHOT`, with the pool's name before it.
+    pub fn target(&self, name: &str) -> String {
+        format!("{}/{name}", self.name)
+    }
+
+    /// Runs ublkctl, which must succeed; returns its stdout without the last newline.
+    #[track_caller]
+    pub fn ctl(&self, words: &[&str]) -> String {
+        let output = self.try_ctl(words);
+        assert!(
+            output.status.success(),
+            "ublkctl {}: {}\n{}",
+            words.join(" "),
+            output.status,
+            complaints(&output)
+        );
+        String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_owned()
+    }
+
+    /// Runs ublkctl, which must fail with this exit code and say why in one line; returns that line.
+    #[track_caller]
+    pub fn refused(&self, code: i32, words: &[&str]) -> String {
+        let output = self.try_ctl(words);
+        let said = complaints(&output);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "ublkctl {}: {said}",
+            words.join(" ")
+        );
+        assert_eq!(
+            said.lines().count(),
+            1,
+            "ublkctl {}: {said}",
+            words.join(" ")
+        );
+        said
+    }
+
+    /// Runs ublkctl.
+    pub fn try_ctl(&self, words: &[&str]) -> Output {
+        let mut command = Command::new("ublkctl");
+        command.args(words).stdin(Stdio::null());
+        command
+            .env("UBLKCTL_STATE_DIR", self.folder.join("state"))
+            .env("UBLKCTL_RUNTIME_DIR", self.folder.join("run"));
+        command.output().expect("ublkctl starts")
+    }
+
+    /// Creates a volume.
+    #[track_caller]
+    pub fn create(&self, volume: &str, size: &str) {
+        self.ctl(&["create", &self.target(volume), "--size", size]);
+    }
+
+    /// Takes a snapshot, `VOLUME@SNAPSHOT`.
+    #[track_caller]
+    pub fn snapshot(&self, name: &str) {
+        self.ctl(&["snapshot", &self.target(name)]);
+    }
+
+    /// Attaches a volume or a snapshot.
+    #[track_caller]
+    pub fn attach(&self, name: &str) -> Device {
+        let path = self.ctl(&["attach", &self.target(name)]);
+        assert!(path.starts_with("/dev/ublkb"), "attach printed {path}");
+        assert!(
+            Path::new(&path).exists(),
+            "{path} is not there although attach returned"
+        );
+        Device { path }
+    }
+
+    /// Detaches a volume or a snapshot.
+    #[track_caller]
+    pub fn detach(&self, name: &str) {
+        self.ctl(&["detach", &self.target(name)]);
+    }
+
+    /// Creates a volume and attaches it.
+    #[track_caller]
+    pub fn volume(&self, name: &str, size: &str) -> Device {
+        self.create(name, size);
+        self.attach(name)
+    }
+
+    /// Ends the daemon as nothing else does: without a chance to write anything.
+    #[track_caller]
+    pub fn kill_daemon(&self) {
+        let pid = fs::read_to_string(self.folder.join("run").join(format!("{}.pid", self.name)));
+        let pid = pid.expect("the daemon has a pid file").trim().to_owned();
+        shell(&format!("kill -9 {pid}"));
+        eventually("the daemon is gone", || {
+            !Path::new("/proc").join(&pid).exists() || is_zombie(&pid)
+        });
+    }
+
+    /// Brings the devices back after [`Self::kill_daemon`].
+    #[track_caller]
+    pub fn recover(&self) {
+        self.ctl(&["recover", self.name]);
+    }
+
+    /// Detaches everything and lets the checker look at all of the pool.
+    #[track_caller]
+    pub fn check(&self) {
+        self.ctl(&["detach", "--all", self.name]);
+        self.ctl(&["pool", "check", self.name]);
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // A failed test leaves things in any state: each step is tried, and none must hide the first failure.
+        drop(self.try_ctl(&["detach", "--all", self.name]));
+        drop(self.try_ctl(&["pool", "export", self.name]));
+        if let Ok(pid) =
+            fs::read_to_string(self.folder.join("run").join(format!("{}.pid", self.name)))
+        {
+            drop(try_shell(&format!(
+                "kill {0}; sleep 1; kill -9 {0}",
+                pid.trim()
+            )));
+        }
+        drop(fs::remove_dir_all(&self.folder));
+    }
+}
+
+/// An attached block device.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// `/dev/ublkbN`
+    pub path: String,
+}
+
+impl Device {
+    /// Writes bytes that depend on the seed and on nothing else, and flushes them.
+    #[track_caller]
+    pub fn fill(&self, offset: u64, length: u64, seed: u64) {
+        let mut file = File::options()
+            .write(true)
+            .open(&self.path)
+            .expect("the device opens for writing");
+        file.seek(SeekFrom::Start(offset))
+            .expect("the device seeks");
+        file.write_all(&pattern(length, seed))
+            .expect("the device takes the write");
+        file.sync_all().expect("the device flushes");
+    }
+
+    /// Whether it holds what [`Self::fill`] wrote with this seed.
+    #[track_caller]
+    pub fn holds(&self, offset: u64, length: u64, seed: u64) -> bool {
+        self.bytes(offset, length) == pattern(length, seed)
+    }
+
+    /// Whether a range reads as zeros.
+    #[track_caller]
+    pub fn is_zero(&self, offset: u64, length: u64) -> bool {
+        self.bytes(offset, length).iter().all(|byte| *byte == 0)
+    }
+
+    /// What the device itself holds, past the kernel's page cache.
+    #[track_caller]
+    pub fn bytes(&self, offset: u64, length: u64) -> Vec<u8> {
+        shell(&format!("blockdev --flushbufs {}", self.path));
+        let mut file = File::open(&self.path).expect("the device opens");
+        file.seek(SeekFrom::Start(offset))
+            .expect("the device seeks");
+        let mut bytes = vec![0; usize::try_from(length).expect("a length that fits")];
+        file.read_exact(&mut bytes).expect("the device reads");
+        bytes
+    }
+
+    /// A file of its folder below /sys/block.
+    #[track_caller]
+    pub fn attribute(&self, name: &str) -> String {
+        let device = self.path.trim_start_matches("/dev/");
+        let path = format!("/sys/block/{device}/{name}");
+        fs::read_to_string(&path)
+            .unwrap_or_else(|error| panic!("{path}: {error}"))
+            .trim()
+            .to_owned()
+    }
+
+    /// Its size in bytes.
+    #[track_caller]
+    pub fn size(&self) -> u64 {
+        shell(&format!("blockdev --getsize64 {}", self.path))
+            .parse()
+            .expect("a size")
+    }
+
+    /// Mounts it.
+    #[track_caller]
+    pub fn mount(&self, options: &str) -> Mount {
+        let path = format!("/mnt/{}", self.path.trim_start_matches("/dev/"));
+        fs::create_dir_all(&path).expect("a folder to mount on");
+        shell(&format!("mount -o {options} {} {path}", self.path));
+        Mount { path }
+    }
+
+    /// A fio command line for this device; every read is checked against what fio wrote.
+    pub fn fio(&self, options: &str) -> String {
+        format!(
+            "fio --name=job --filename={} --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 \
+             --eta=never --minimal {options}",
+            self.path
+        )
+    }
+}
+
+/// A mounted file system, unmounted when dropped.
+#[derive(Debug)]
+pub struct Mount {
+    /// Where it is mounted.
+    pub path: String,
+}
+
+impl Mount {
+    /// Unmounts it, which must succeed.
+    #[track_caller]
+    pub fn unmount(self) {
+        shell(&format!("umount {}", self.path));
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        drop(try_shell(&format!(
+            "umount {0} || umount -l {0}",
+            self.path
+        )));
+    }
+}
+
+/// A command that runs beside the test; killed when dropped.
+#[derive(Debug)]
+pub struct Background(Child);
+
+impl Background {
+    /// Starts a shell line.
+    pub fn start(line: &str) -> Self {
+        // exec: killing the shell must kill the command.
+        let child = Command::new("/bin/sh")
+            .args(["-c", &format!("exec {line}")])
+            .stdin(Stdio::null())
+            .spawn();
+        Self(child.expect("sh starts"))
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.0.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end, which must be a success.
+    #[track_caller]
+    pub fn succeeds(mut self) {
+        let status = self.0.wait().expect("the command can be waited for");
+        assert!(
+            status.success(),
+            "the command beside the test failed: {status}"
+        );
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Runs a shell line, which must succeed; returns its stdout without the last newline.
+#[track_caller]
+pub fn shell(line: &str) -> String {
+    let output = try_shell(line);
+    assert!(
+        output.status.success(),
+        "{line}: {}\n{}",
+        output.status,
+        complaints(&output)
+    );
+    String::from_utf8_lossy(&output.stdout)
+        .trim_end()
+        .to_owned()
+}
+
+/// Runs a shell line, which must fail; returns what it said.
+#[track_caller]
+pub fn shell_fails(line: &str) -> String {
+    let output = try_shell(line);
+    assert!(!output.status.success(), "{line}: this should have failed");
+    complaints(&output)
+}
+
+/// Runs a shell line.
+pub fn try_shell(line: &str) -> Output {
+    Command::new("/bin/sh")
+        .args(["-c", line])
+        .stdin(Stdio::null())
+        .output()
+        .expect("sh starts")
+}
+
+/// Waits, half a minute at most, until something becomes true.
+#[track_caller]
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..300 {
+        if holds() {
+            return;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    panic!("half a minute went by, and still not: {what}");
+}
+
+fn is_zombie(pid: &str) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+}
+
+fn complaints(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr)
+        .trim_end()
+        .to_owned()
+}
+
+fn pattern(length: u64, seed: u64) -> Vec<u8> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut bytes = vec![0; usize::try_from(length).expect("a length that fits")];
+    random.fill(&mut bytes);
+    bytes
+}

@@ -1,0 +1,10 @@
+//! Real ublk devices under real file systems and loads. `cargo x test` runs these in the guest:
+//! they need root, a kernel with ublk, and a RAM disk that they may overwrite.
+
+mod devices;
+mod filesystems;
+mod full_pool;
+mod ranges;
+mod recovery;
+mod rollback;
+mod snapshots;
