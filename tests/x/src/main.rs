@@ -1,5 +1,6 @@
 //! `cargo x`: every developer command, one file per verb.
 
+mod bench;
 mod command;
 mod demo;
 mod guest;
@@ -29,6 +30,8 @@ enum Verb {
     Setup,
     /// The main job on real data: create, snapshot, clone, roll back, kill, recover, check
     Demo(demo::Options),
+    /// Compare with `rublk add loop` in instruction-counted time, for docs/performance.md
+    Bench(bench::Options),
     /// Run a shell command in a virtual machine that has ublk
     Guest {
         /// The guest's kernel: "new" (the newest cloud kernel of Debian's backports) or "6.12"
@@ -72,6 +75,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
     match verb {
         Verb::Setup => setup::install_missing()?,
         Verb::Demo(options) => return demo::run(&options),
+        Verb::Bench(options) => return bench::run(&options),
         Verb::Guest {
             kernel,
             icount,

@@ -27,8 +27,9 @@ pub struct Outcome {
     /// Its exit status.
     pub status: u8,
     /// What it printed.
-    #[expect(dead_code, reason = "for the benchmark")]
     pub output: String,
+    /// The kernel that ran, as `uname -r` says it.
+    pub kernel: String,
 }
 
 /// Kills the machine on every way out.
@@ -125,6 +126,7 @@ struct Console {
     /// Everything before the guest's own first line: the firmware's and the kernel's.
     boot: String,
     is_up: bool,
+    kernel: String,
     /// The line that is not complete yet, and how much of it was relayed.
     line: Vec<u8>,
     relayed: usize,
@@ -157,6 +159,7 @@ impl Console {
         // The firmware leaves its escape codes in front of the first line.
         if let Some((_, release)) = text.split_once("@@x up ") {
             self.is_up = true;
+            self.kernel = release.to_owned();
             if !self.silent {
                 eprintln!("x: guest is up, Linux {release}");
             }
@@ -212,6 +215,7 @@ impl Console {
             Some(status) => Ok(Outcome {
                 status,
                 output: self.output.trim_end().to_owned() + "\n",
+                kernel: self.kernel,
             }),
             None => bail!(
                 "the guest ended without a word about its command{}",
