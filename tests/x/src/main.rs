@@ -5,7 +5,10 @@ mod command;
 mod demo;
 mod guest;
 mod paths;
+mod quick;
 mod setup;
+mod test;
+mod tidy;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +35,16 @@ enum Verb {
     Demo(demo::Options),
     /// Compare with `rublk add loop` in instruction-counted time, for docs/performance.md
     Bench(bench::Options),
+    /// What every commit passes: fmt, clippy, rustdoc, tidy
+    Quick,
+    /// Everything: unit tests, suites, and real devices in the guest on both kernels
+    Test(test::Options),
+    /// The rules of this repository that no compiler knows
+    Tidy {
+        /// Note that docs/format.md describes the format as it is now
+        #[arg(long)]
+        bless: bool,
+    },
     /// Run a shell command in a virtual machine that has ublk
     Guest {
         /// The guest's kernel: "new" (the newest cloud kernel of Debian's backports) or "6.12"
@@ -76,6 +89,9 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Setup => setup::install_missing()?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Bench(options) => return bench::run(&options),
+        Verb::Quick => return quick::run(),
+        Verb::Test(options) => return test::run(&options),
+        Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {
             kernel,
             icount,

@@ -1,0 +1,187 @@
+//! `x test`: everything, natively and in the guest, on both kernels.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::guest::{Job, Kernel};
+use crate::{command, setup};
+
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// What is tested.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Only what needs no guest
+    #[arg(long, conflicts_with = "guest")]
+    native: bool,
+    /// Only what runs in the guest
+    #[arg(long)]
+    guest: bool,
+    /// Only on this kernel: "new" or "6.12"
+    #[arg(long)]
+    kernel: Option<Kernel>,
+    /// Only the tests whose name contains this
+    filter: Option<String>,
+}
+
+/// Runs the tests; each runner's own count comes last.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    setup::install_missing()?;
+    let mut counts = Vec::new();
+    let mut failed = Vec::new();
+    if !options.guest {
+        note("native", native(options), &mut counts, &mut failed);
+    }
+    if !options.native {
+        let kernels = options
+            .kernel
+            .map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
+        match programs() {
+            Ok((suites, ublkctl)) => {
+                for kernel in kernels {
+                    let name = format!("guest, kernel {}", kernel.name());
+                    note(
+                        &name,
+                        in_guest(kernel, &suites, &ublkctl, options),
+                        &mut counts,
+                        &mut failed,
+                    );
+                }
+            }
+            Err(error) => note("guest", Err(error), &mut counts, &mut failed),
+        }
+    }
+    println!();
+    for line in counts {
+        println!("{line}");
+    }
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("x: failed: {}", failed.join("; "));
+    Ok(ExitCode::FAILURE)
+}
+
+/// How one runner ended: whether all passed, and the lines in which it counts.
+type Ended = (bool, Vec<String>);
+
+fn note(name: &str, ended: Result<Ended>, counts: &mut Vec<String>, failed: &mut Vec<String>) {
+    match ended {
+        Ok((passed, lines)) => {
+            if !passed {
+                failed.push(name.to_owned());
+            }
+            counts.extend(
+                lines
+                    .into_iter()
+                    .map(|line| format!("[{name}] {}", line.trim())),
+            );
+        }
+        Err(error) => failed.push(format!("{name}: {error:#}")),
+    }
+}
+
+fn native(options: &Options) -> Result<Ended> {
+    let mut nextest = command::cargo();
+    nextest
+        .args(["nextest", "--version"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let has_nextest = nextest.status().is_ok_and(|status| status.success());
+    let mut runner = command::cargo();
+    runner.args(if has_nextest {
+        ["nextest", "run"].as_slice()
+    } else {
+        ["test"].as_slice()
+    });
+    runner
+        .args(["--locked", "--workspace", "--no-fail-fast"])
+        .args(&options.filter);
+    relay(&mut runner)
+}
+
+/// The suites' own program, and the ublkctl that they drive.
+fn programs() -> Result<(PathBuf, PathBuf)> {
+    let mut build = command::cargo();
+    build.args([
+        "test",
+        "--locked",
+        "--no-run",
+        "--package",
+        "blockfork-tests",
+        "--test",
+        "guest",
+    ]);
+    build.arg("--message-format=json-render-diagnostics");
+    let messages = command::output(&mut build)?;
+    let suites = messages.lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let is_it = message.pointer("/target/name")? == "guest";
+        is_it.then(|| message["executable"].as_str().map(PathBuf::from))?
+    });
+    Ok((
+        suites.context("cargo built no guest suites")?,
+        command::build_ublkctl()?,
+    ))
+}
+
+fn in_guest(kernel: Kernel, suites: &Path, ublkctl: &Path, options: &Options) -> Result<Ended> {
+    let filter = options.filter.as_deref().unwrap_or_default();
+    let script = format!("/usr/bin/suites --ignored --test-threads=1 {filter}");
+    let mut job = Job::new(kernel, &script, LIMIT);
+    job.add_program(suites, "suites");
+    job.add_program(ublkctl, "ublkctl");
+    let outcome = job.run()?;
+    let counts: Vec<_> = outcome
+        .output
+        .lines()
+        .filter(|line| is_count(line))
+        .map(str::to_owned)
+        .collect();
+    if counts.is_empty() {
+        bail!(
+            "the suites ended without a count, with status {}",
+            outcome.status
+        );
+    }
+    Ok((outcome.status == 0, counts))
+}
+
+fn is_count(line: &str) -> bool {
+    line.starts_with("test result:") || line.trim_start().starts_with("Summary [")
+}
+
+/// Runs a test runner, relays what it prints, and keeps its counts.
+fn relay(runner: &mut Command) -> Result<Ended> {
+    eprintln!("+ {}", command::shown(runner));
+    runner
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = runner.spawn().context("cannot start cargo")?;
+    let output = child.stdout.take().context("no stdout")?;
+    let errors = child.stderr.take().context("no stderr")?;
+    let other = thread::spawn(move || copy(errors, std::io::stderr()));
+    let mut counts = copy(output, std::io::stdout());
+    counts.extend(other.join().unwrap_or_default());
+    let status = child.wait().context("cannot wait for cargo")?;
+    Ok((status.success(), counts))
+}
+
+fn copy(from: impl Read, mut to: impl Write) -> Vec<String> {
+    let mut counts = Vec::new();
+    for line in BufReader::new(from).lines().map_while(Result::ok) {
+        // A closed terminal must not end the tests.
+        drop(writeln!(to, "{line}"));
+        if is_count(&line) {
+            counts.push(line);
+        }
+    }
+    counts
+}
