@@ -300,6 +300,7 @@ impl Background {
         let child = Command::new("/bin/sh")
             .args(["-c", &format!("exec {line}")])
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .spawn();
         Self(child.expect("sh starts"))
     }

@@ -28,10 +28,7 @@ impl Session {
         let folder = folder
             .canonicalize()
             .with_context(|| format!("cannot find {}", folder.display()))?;
-        let name = folder
-            .file_name()
-            .context("the demo's folder has no name")?;
-        let runtime = Path::new("/run").join(name);
+        let runtime = PathBuf::from(format!("/run/ublkctl-demo-{}", std::process::id()));
         fs::create_dir_all(&runtime)
             .with_context(|| format!("cannot make {}", runtime.display()))?;
         println!("$ cd {}", folder.display());
