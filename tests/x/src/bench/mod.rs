@@ -31,7 +31,7 @@ pub struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "rublk,ublkctl,ublkctl,rublk"
+        default_value = "rublk,ublkctl,ublkctl,rublk,rublk,ublkctl"
     )]
     targets: Vec<String>,
     /// Print the table, leave docs/performance.md as it is
@@ -68,6 +68,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         bail!("the guest failed:\n{}", outcome.output);
     }
     let results = Results::read(&outcome.output)?;
+    results.show_turns();
     let text = results.text(&outcome.kernel, &options.targets);
     print!("{text}");
     if !options.dry_run {

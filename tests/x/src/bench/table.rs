@@ -53,6 +53,15 @@ impl Results {
         Ok(results)
     }
 
+    /// Every single measurement, for whoever waits at the terminal.
+    pub(super) fn show_turns(&self) {
+        for (job, by_target) in &self.0 {
+            for (target, values) in by_target {
+                eprintln!("x: {job}, {target}: {values:?}");
+            }
+        }
+    }
+
     /// The table and how it came about, in Markdown.
     pub(super) fn text(&self, kernel: &str, targets: &[String]) -> String {
         let mut columns: Vec<&String> = Vec::new();
@@ -69,16 +78,13 @@ impl Results {
         text += &"---:|".repeat(columns.len() + 1);
         text.push('\n');
         for (job, by_target) in &self.0 {
-            let mean = |target: &str| {
-                let values = by_target.get(target)?;
-                Some(values.iter().sum::<f64>() / values.len() as f64)
-            };
+            let middle = |target: &str| median(by_target.get(target)?);
             text += &format!("| `{job}` |");
             for column in &columns {
-                text +=
-                    &mean(column).map_or_else(|| " |".to_owned(), |value| format!(" {value:.0} |"));
+                text += &middle(column)
+                    .map_or_else(|| " |".to_owned(), |value| format!(" {value:.0} |"));
             }
-            match (mean("ublkctl"), mean("rublk")) {
+            match (middle("ublkctl"), middle("rublk")) {
                 (Some(ours), Some(peers)) => text += &format!(" {:.2} |\n", ours / peers),
                 _ => text += " |\n",
             }
@@ -92,7 +98,7 @@ impl Results {
         writeln!(
             text,
             "\nMeasured with `cargo x bench`: `rublk add loop` of rublk 0.2.15 and a volume of one pool, both on the same \
-             RAM disk (brd), 2 queues of depth 128, each target in the order {}. The mean is shown; the same \
+             RAM disk (brd), 2 queues of depth 128, each target in the order {}. The median is shown; the same \
              target differed by at most {:.1} % between its turns. Linux {kernel}, qemu with \
              `-smp 2 -accel tcg,thread=single -icount shift=1,sleep=off`: the guest's clock counts instructions, so \
              these are not the speeds of real hardware, and only the ratios mean something.",
@@ -102,6 +108,19 @@ impl Results {
         .unwrap_or_default();
         text
     }
+}
+
+/// One turn in which the scheduler placed a thread badly does not move it.
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let upper = *sorted.get(middle)?;
+    Some(if sorted.len() % 2 == 1 {
+        upper
+    } else {
+        f64::midpoint(upper, sorted[middle - 1])
+    })
 }
 
 /// How far apart the lowest and the highest are, as a share of the lowest.
@@ -140,7 +159,7 @@ mod tests {
     use super::Results;
 
     #[test]
-    fn the_table_shows_means_and_the_ratio() {
+    fn the_table_shows_medians_and_the_ratio() {
         let terse = |reads: &str| {
             let mut fields = vec!["0"; 130];
             fields[7] = reads;

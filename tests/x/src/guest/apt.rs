@@ -52,13 +52,14 @@ impl Apt {
 
     /// Downloads packages, checked against the signed lists, into a folder.
     pub(super) fn download(&self, packages: &[String], into: &Path) -> Result<()> {
+        eprintln!("x: downloading {}", packages.join(" "));
         let mut download = self.command("apt-get");
         download
             .args(["-q", "download"])
             .args(packages)
             .current_dir(into)
             .stdout(std::io::stderr());
-        command::run_shown(&mut download)
+        command::run(&mut download)
     }
 
     fn command(&self, program: &str) -> Command {

@@ -12,6 +12,7 @@ modprobe brd rd_nr=2 rd_size=1048576 max_part=0
 modprobe loop
 modprobe ublk_drv
 [ -d /sys/bus/virtio/devices ] && modprobe virtio_blk
+boot_lines=$(dmesg | wc -l)
 echo "@@x up $(uname -r)"
 
 # Through a pipe, so that programs don't take the console for a person's terminal. Daemons that
@@ -22,11 +23,11 @@ cd /root
 setsid /bin/sh /command </dev/null >/run/output 2>&1
 status=$?
 if [ "$status" -ne 0 ]; then
-  echo "the kernel's last words:"
-  dmesg | tail -n 25
+  echo "what the kernel said meanwhile:"
+  dmesg | tail -n "+$((boot_lines + 1))" | tail -n 40
 else
   # Nothing may go wrong unnoticed because the command did not mind.
-  dmesg | grep -E 'BUG:|WARNING:|Oops|blocked for more than|refcount_t' | head -n 20
+  dmesg | tail -n "+$((boot_lines + 1))" | grep -E 'BUG:|WARNING:|Oops|blocked for more than|refcount_t' | head -n 20
 fi
 sleep 0.3
 echo
