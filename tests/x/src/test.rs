@@ -22,6 +22,9 @@ pub struct Options {
     /// Only what runs in the guest
     #[arg(long)]
     guest: bool,
+    /// Only the guest's suites, but on this machine: as root, with ublk, and a /dev/ram0 that is overwritten
+    #[arg(long, conflicts_with_all = ["native", "guest", "kernel"])]
+    here: bool,
     /// Only on this kernel: "new" or "6.12"
     #[arg(long)]
     kernel: Option<Kernel>,
@@ -34,10 +37,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     setup::install_missing()?;
     let mut counts = Vec::new();
     let mut failed = Vec::new();
-    if !options.guest {
+    if options.here {
+        note("here", here(options), &mut counts, &mut failed);
+    } else if !options.guest {
         note("native", native(options), &mut counts, &mut failed);
     }
-    if !options.native {
+    if !options.native && !options.here {
         let kernels = options
             .kernel
             .map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
@@ -153,6 +158,21 @@ fn in_guest(kernel: Kernel, suites: &Path, ublkctl: &Path, options: &Options) ->
     Ok((outcome.status == 0, counts))
 }
 
+fn here(options: &Options) -> Result<Ended> {
+    let (suites, ublkctl) = programs()?;
+    let mut folders = vec![ublkctl.parent().context("ublkctl lies nowhere")?.to_owned()];
+    folders.extend(std::env::split_paths(
+        &std::env::var_os("PATH").unwrap_or_default(),
+    ));
+    folders.extend(["/usr/sbin".into(), "/sbin".into()]);
+    let mut runner = Command::new(suites);
+    runner
+        .args(["--ignored", "--test-threads=1"])
+        .args(&options.filter);
+    runner.env("PATH", std::env::join_paths(folders)?);
+    relay(&mut runner)
+}
+
 fn is_count(line: &str) -> bool {
     line.starts_with("test result:") || line.trim_start().starts_with("Summary [")
 }
@@ -164,13 +184,15 @@ fn relay(runner: &mut Command) -> Result<Ended> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    let mut child = runner.spawn().context("cannot start cargo")?;
+    let mut child = runner
+        .spawn()
+        .with_context(|| format!("cannot start {}", command::shown(runner)))?;
     let output = child.stdout.take().context("no stdout")?;
     let errors = child.stderr.take().context("no stderr")?;
     let other = thread::spawn(move || copy(errors, std::io::stderr()));
     let mut counts = copy(output, std::io::stdout());
     counts.extend(other.join().unwrap_or_default());
-    let status = child.wait().context("cannot wait for cargo")?;
+    let status = child.wait().context("cannot wait for the tests")?;
     Ok((status.success(), counts))
 }
 
