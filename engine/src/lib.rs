@@ -9,4 +9,5 @@ pub mod error;
 pub mod limits;
 pub mod name;
 pub mod pool;
+pub mod ublk;
 pub mod units;

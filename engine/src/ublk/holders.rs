@@ -1,0 +1,340 @@
+//! Who has a device: what must let go before it can be detached or rolled back.
+
+#![expect(unsafe_code, reason = "BLKFLSBUF has no wrapper in std")]
+
+use super::{block_path, sysfs};
+use crate::error::{Error, Result};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// `BLKFLSBUF` of `linux/fs.h`.
+const BLKFLSBUF: libc::c_ulong = 0x1261;
+
+/// Writes a device's dirty pages and drops what the page cache holds of it, so that the next read asks the volume.
+pub fn drop_cached_pages(dev_id: u32) -> Result<()> {
+    let path = block_path(dev_id);
+    let failed = |e| {
+        Error::io(
+            e,
+            format!("{}: its cached pages cannot be dropped", path.display()),
+        )
+    };
+    let device = File::open(&path).map_err(failed)?;
+    // SAFETY: the ioctl takes no argument; the descriptor is open.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF, 0) } {
+        0 => Ok(()),
+        _ => Err(failed(io::Error::last_os_error())),
+    }
+}
+
+/// A process, for an error line.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
+}
+
+/// Something that has a device or one of its partitions.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Holder {
+    /// A mounted file system.
+    Mount {
+        /// The mount point.
+        at: String,
+        /// A process that sees it, where this one does not: it is in another mount namespace.
+        seen_by: Option<Process>,
+    },
+    /// Swap space.
+    Swap,
+    /// A block device on top: device mapper, RAID, a loop device.
+    Device {
+        /// Its name.
+        name: String,
+    },
+    /// A process that has it open.
+    Process(Process),
+}
+
+impl Process {
+    fn of(pid: u32, folder: &Path) -> Self {
+        Self {
+            pid,
+            name: read(&folder.join("comm")).trim_end().to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} ({})", self.pid, self.name)
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mount { at, seen_by: None } => write!(f, "mounted on {at}"),
+            Self::Mount {
+                at,
+                seen_by: Some(process),
+            } => {
+                write!(f, "mounted on {at} in the mount namespace of {process}")
+            }
+            Self::Swap => f.write_str("in use as swap"),
+            Self::Device { name } => write!(f, "part of {name}"),
+            Self::Process(process) => write!(f, "opened by {process}"),
+        }
+    }
+}
+
+/// Everything that has a device mounted or open; what cannot be read (processes that end meanwhile) is left out.
+pub fn holders(dev_id: u32) -> Vec<Holder> {
+    let target = Target::of(dev_id);
+    let mut holders = BTreeSet::new();
+    let is_swap = |line: &str| {
+        line.split(' ')
+            .next()
+            .is_some_and(|path| target.is_node(path))
+    };
+    if read("/proc/swaps".as_ref()).lines().any(is_swap) {
+        holders.insert(Holder::Swap);
+    }
+    holders.extend(target.devices_on_top().map(|name| Holder::Device { name }));
+    let mut namespaces = BTreeSet::new();
+    let ours = fs::read_link("/proc/self/ns/mnt").ok();
+    // This process first: mounts that it sees need no witness.
+    target.add_mounts(Path::new("/proc/self"), None, &mut holders);
+    namespaces.extend(ours);
+    for (pid, folder) in processes() {
+        let process = || Process::of(pid, &folder);
+        if let Ok(namespace) = fs::read_link(folder.join("ns/mnt"))
+            && namespaces.insert(namespace)
+        {
+            target.add_mounts(&folder, Some(&process()), &mut holders);
+        }
+        if target.is_open_in(&folder) {
+            holders.insert(Holder::Process(process()));
+        }
+    }
+    holders.into_iter().collect()
+}
+
+/// The processes that have the file at `path` open under this name.
+pub(super) fn openers(path: &Path) -> Vec<Process> {
+    let has_it = |folder: &Path| descriptors(folder).any(|(_, target)| target == path);
+    let openers = processes().filter(|(_, folder)| has_it(folder));
+    openers
+        .map(|(pid, folder)| Process::of(pid, &folder))
+        .collect()
+}
+
+/// The open files of a process, each with what it leads to.
+fn descriptors(process: &Path) -> impl Iterator<Item = (PathBuf, PathBuf)> {
+    let entries = fs::read_dir(process.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    entries.filter_map(|entry| Some((entry.path(), fs::read_link(entry.path()).ok()?)))
+}
+
+/// A device and its partitions, as the kernel's files name them.
+struct Target {
+    /// `ublkbN`, `ublkbNp1`, ...
+    names: Vec<OsString>,
+    /// `major:minor` of each.
+    numbers: Vec<String>,
+}
+
+impl Target {
+    fn of(dev_id: u32) -> Self {
+        let folder = sysfs::block_folder(dev_id);
+        let whole = OsString::from(format!("ublkb{dev_id}"));
+        let prefix = format!("ublkb{dev_id}p");
+        let mut names = vec![whole];
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let is_part = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with(&prefix));
+        names.extend(entries.map(|entry| entry.file_name()).filter(is_part));
+        let class = Path::new("/sys/class/block");
+        let number = |name: &OsString| read(&class.join(name).join("dev")).trim_end().to_owned();
+        let numbers = names.iter().map(number).filter(|number| !number.is_empty());
+        Self {
+            numbers: numbers.collect(),
+            names,
+        }
+    }
+
+    /// Whether a path is the device or a link to it.
+    fn is_node(&self, path: &str) -> bool {
+        if !path.starts_with("/dev/") {
+            return false;
+        }
+        let path = unescape(path);
+        let node = fs::canonicalize(&path).unwrap_or_else(|_| PathBuf::from(path));
+        node.file_name()
+            .is_some_and(|name| self.names.iter().any(|own| own == name))
+    }
+
+    /// Block devices that the kernel lists as holding it, and loop devices over it.
+    fn devices_on_top(&self) -> impl Iterator<Item = String> {
+        let class = Path::new("/sys/class/block");
+        let listed = self
+            .names
+            .iter()
+            .flat_map(|name| fs::read_dir(class.join(name).join("holders")));
+        let listed = listed.flatten().flatten().map(|entry| entry.file_name());
+        let loops = fs::read_dir(class)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name());
+        let loops = loops.filter(|name| {
+            let backing = read(&class.join(name).join("loop/backing_file"));
+            !backing.is_empty() && self.is_node(backing.trim_end())
+        });
+        listed.chain(loops).map(|name| {
+            let folder = class.join(&name);
+            let name = name.to_string_lossy().into_owned();
+            match read(&folder.join("dm/name")).trim_end() {
+                "" => name,
+                mapped => format!("{mapped} ({name})"),
+            }
+        })
+    }
+
+    /// The mounts that a process sees.
+    fn add_mounts(
+        &self,
+        process: &Path,
+        seen_by: Option<&Process>,
+        holders: &mut BTreeSet<Holder>,
+    ) {
+        for line in read(&process.join("mountinfo")).lines() {
+            let Some(mount) = Mount::parse(line) else {
+                continue;
+            };
+            // btrfs shows a number of its own, so its source counts too.
+            if self.numbers.iter().any(|number| number == mount.number)
+                || self.is_node(mount.source)
+            {
+                holders.insert(Holder::Mount {
+                    at: unescape(mount.at),
+                    seen_by: seen_by.cloned(),
+                });
+            }
+        }
+    }
+
+    /// Whether a process has it open.
+    fn is_open_in(&self, process: &Path) -> bool {
+        descriptors(process).any(|(path, target)| {
+            // Only device nodes are worth a `stat`: on a dead network file system it would wait.
+            target.starts_with("/dev")
+                && fs::metadata(&path).is_ok_and(|metadata| {
+                    let number = metadata.rdev();
+                    let number = format!("{}:{}", libc::major(number), libc::minor(number));
+                    metadata.file_type().is_block_device() && self.numbers.contains(&number)
+                })
+        })
+    }
+}
+
+/// The fields of a line of `mountinfo` that matter here.
+struct Mount<'a> {
+    number: &'a str,
+    at: &'a str,
+    source: &'a str,
+}
+
+impl<'a> Mount<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let (head, tail) = line.split_once(" - ")?;
+        let mut head = head.split(' ').skip(2);
+        let number = head.next()?;
+        let at = head.nth(1)?;
+        Some(Self {
+            number,
+            at,
+            source: tail.split(' ').nth(1)?,
+        })
+    }
+}
+
+/// All processes.
+fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
+/// A file of the kernel, empty where it cannot be read.
+fn read(path: &Path) -> String {
+    fs::read(path).map_or(String::new(), |bytes| {
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Undoes the kernel's `\040` for a blank.
+fn unescape(field: &str) -> String {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let escape = (first == b'\\').then(|| after.get(..3)).flatten();
+        let byte =
+            escape.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
+        bytes.push(byte.unwrap_or(first));
+        rest = if byte.is_some() { &after[3..] } else { after };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_is_read_with_optional_fields_and_blanks() {
+        let line = r"36 35 259:3 / /mnt/a\040b rw,noatime shared:1 master:2 - ext4 /dev/ublkb0 rw,errors=continue";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!((mount.number, mount.source), ("259:3", "/dev/ublkb0"));
+        assert_eq!(unescape(mount.at), "/mnt/a b");
+        assert!(Mount::parse("36 35 259:3 / /mnt").is_none());
+    }
+
+    #[test]
+    fn an_escape_cut_short_stays_as_it_is() {
+        assert_eq!(unescape(r"a\04"), r"a\04");
+        assert_eq!(unescape(r"a\999"), r"a\999");
+    }
+
+    #[test]
+    fn holders_say_what_to_let_go() {
+        let process = Process {
+            pid: 812,
+            name: String::from("fio"),
+        };
+        assert_eq!(
+            Holder::Process(process.clone()).to_string(),
+            "opened by process 812 (fio)"
+        );
+        let mount = Holder::Mount {
+            at: String::from("/mnt"),
+            seen_by: Some(process),
+        };
+        assert_eq!(
+            mount.to_string(),
+            "mounted on /mnt in the mount namespace of process 812 (fio)"
+        );
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_has_no_holders() {
+        assert!(holders(u32::MAX).is_empty());
+    }
+}

@@ -1,0 +1,66 @@
+//! Volumes as `/dev/ublkbN`: the kernel's ublk driver hands the requests of a block device to this process.
+//!
+//! What happens, in order:
+//!
+//! 1. [`Served::add`] asks the driver for its features and adds a device with those that help (`steps`). The thread that
+//!    sends control commands has a watchdog in front of it (`control`), so that a kernel that hangs is an error.
+//! 2. Each queue gets a thread, a ring, and a task per tag (`queue`). A task fetches: its entry in the ring is answered
+//!    when the kernel has a request for that tag.
+//! 3. The driver gets the parameters (`params`) and starts: it waits for all fetches, then makes `/dev/ublkbN`. The
+//!    kernel reads the partition table through the queues before `add` returns.
+//! 4. A request is taken apart (`request`) and given to the volume, which works on the pool's file through the same ring
+//!    (`ring_device`). What it waits for in another thread wakes this one (`wake`). The result goes back with the next
+//!    fetch of that tag.
+//! 5. [`Served::remove`] stops the device, which answers everything first; then the fetches end, the threads, the rings;
+//!    then the device is deleted.
+//! 6. Or the process dies, or [`Served::abandon`]s the device. The kernel sees the rings close, keeps the block device,
+//!    and parks its requests, those under way too. [`Served::recover`] in the next process fetches again, and the parked
+//!    requests come. A write that was under way may so be carried out twice.
+
+mod arena;
+mod command;
+mod control;
+mod driver;
+mod holders;
+mod params;
+mod queue;
+mod recover;
+mod request;
+mod ring_device;
+mod served;
+mod steps;
+mod sysfs;
+mod task;
+mod wake;
+
+pub use driver::{Check, Driver, driver};
+pub use holders::{Holder, drop_cached_pages, holders};
+pub use recover::{KernelDevice, Phase, device_exists, device_state, forget, orphans};
+pub use served::{DeviceOptions, DeviceState, Served};
+
+use libublk::UblkError;
+use std::io;
+use std::path::PathBuf;
+
+/// The block device of a number.
+fn block_path(dev_id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{dev_id}"))
+}
+
+/// The control file of a device, which its daemon holds open.
+fn char_path(dev_id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{dev_id}"))
+}
+
+/// The system's error in libublk's.
+fn os_error(error: &UblkError) -> io::Error {
+    let code = match error {
+        UblkError::UringIOError(code) | UblkError::OtherError(code) => -code,
+        UblkError::IOError(e) => e.raw_os_error().unwrap_or(libc::EIO),
+        UblkError::InvalidVal => libc::EINVAL,
+        UblkError::UringTimeout => libc::ETIMEDOUT,
+        UblkError::QueueIsDown => libc::ENODEV,
+        UblkError::UringIoQueued | UblkError::JsonError(_) => libc::EIO,
+    };
+    io::Error::from_raw_os_error(code)
+}
