@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// The engine's rooms, the lowest first: a room imports itself and what stands before it.
-const ROOMS: [&str; 14] = [
+const ROOMS: [&str; 15] = [
     "units",
     "limits",
     "error",
@@ -18,6 +18,7 @@ const ROOMS: [&str; 14] = [
     "device",
     "space",
     "map",
+    "metadata",
     "journal",
     "checkpoint",
     "datapath",
