@@ -16,6 +16,7 @@ use table::Results;
 
 const PEER_VERSION: &str = "0.2.15";
 const SCRIPT: &str = include_str!("guest.sh");
+const SNAPSHOTS: &str = include_str!("snapshots.sh");
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// What is measured.
@@ -34,6 +35,12 @@ pub struct Options {
         default_value = "rublk,ublkctl,ublkctl,rublk,rublk,ublkctl"
     )]
     targets: Vec<String>,
+    /// Measure how long a snapshot takes, instead: for 1 GiB and for LARGEST GiB of mapped blocks
+    #[arg(long)]
+    snapshots: bool,
+    /// See --snapshots
+    #[arg(long, default_value_t = 64, value_name = "GIB")]
+    largest: u32,
     /// Print the table, leave docs/performance.md as it is
     #[arg(long)]
     dry_run: bool,
@@ -42,6 +49,9 @@ pub struct Options {
 /// Runs the jobs and prints the table.
 pub fn run(options: &Options) -> Result<ExitCode> {
     setup::install_missing()?;
+    if options.snapshots {
+        return snapshots(options);
+    }
     let mut job = guest::Job::new(
         options.kernel,
         &format!("TARGETS='{}'\n{SCRIPT}", options.targets.join(" ")),
@@ -72,9 +82,35 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let text = results.text(&outcome.kernel, &options.targets);
     print!("{text}");
     if !options.dry_run {
-        table::write(&paths::root().join("docs/performance.md"), &text)?;
+        table::write(&page(), "speeds", &text)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn snapshots(options: &Options) -> Result<ExitCode> {
+    let script = format!("LARGEST={}\n{SNAPSHOTS}", options.largest);
+    let mut job = guest::Job::new(options.kernel, &script, LIMIT);
+    job.instruction_clock = true;
+    job.silent = true;
+    job.add_program(&command::build_ublkctl()?, "ublkctl");
+    eprintln!(
+        "x: writing {} GiB in a guest; this takes some minutes",
+        options.largest
+    );
+    let outcome = job.run()?;
+    if outcome.status != 0 {
+        bail!("the guest failed:\n{}", outcome.output);
+    }
+    let text = table::snapshots(&outcome.output, &outcome.kernel)?;
+    print!("{text}");
+    if !options.dry_run {
+        table::write(&page(), "snapshots", &text)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn page() -> PathBuf {
+    paths::root().join("docs/performance.md")
 }
 
 fn jobs(wanted: &str) -> Result<Vec<PathBuf>> {

@@ -7,9 +7,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-const BEGIN: &str = "<!-- cargo x bench: begin -->";
-const END: &str = "<!-- cargo x bench: end -->";
-
 /// Requests per second: by job, by target, one for each time it was measured.
 #[derive(Debug, Default)]
 pub(super) struct Results(BTreeMap<String, BTreeMap<String, Vec<f64>>>);
@@ -134,23 +131,63 @@ fn spread(values: &[f64]) -> f64 {
     }
 }
 
-/// Replaces what stands between the markers; the rest of the page is written by people.
-pub(super) fn write(page: &Path, text: &str) -> Result<()> {
-    let old = match fs::read_to_string(page) {
-        Ok(old) => old,
-        Err(_) => format!("# Performance\n\n{BEGIN}\n{END}\n"),
+/// The lines `@snapshot GIB-MAPPED SNAPSHOTS-BEFORE MICROSECONDS...` as a table.
+pub(super) fn snapshots(output: &str, kernel: &str) -> Result<String> {
+    let mut text = String::from(
+        "| mapped | snapshots before | `ublkctl snapshot`, median of 5 |\n|---:|---:|---:|\n",
+    );
+    let mut rows = 0;
+    for line in output
+        .lines()
+        .filter_map(|line| line.strip_prefix("@snapshot "))
+    {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [mapped, before, times @ ..] = words.as_slice() else {
+            bail!("not a result: {line}");
+        };
+        let times: Vec<f64> = times
+            .iter()
+            .map(|time| time.parse())
+            .collect::<Result<_, _>>()
+            .context("not a time")?;
+        let median = median(&times).with_context(|| format!("not a result: {line}"))?;
+        eprintln!("x: {mapped} GiB, {before} snapshots: {times:?} us");
+        writeln!(
+            text,
+            "| {mapped} GiB | {before} | {:.1} ms |",
+            median / 1000.0
+        )?;
+        rows += 1;
+    }
+    if rows == 0 {
+        bail!("the guest printed no results:\n{output}");
+    }
+    writeln!(
+        text,
+        "\nMeasured with `cargo x bench --snapshots`: the whole command, on a volume that is attached and written all over. \
+         The pool lies on zram. Linux {kernel}, qemu with `-smp 2 -accel tcg,thread=single -icount shift=1,sleep=off`."
+    )?;
+    Ok(text)
+}
+
+/// Replaces what stands between the markers of this part; the rest of the page is written by people.
+pub(super) fn write(page: &Path, part: &str, text: &str) -> Result<()> {
+    let begin = format!("<!-- cargo x bench, {part}: begin -->");
+    let end = format!("<!-- cargo x bench, {part}: end -->");
+    let mut old = fs::read_to_string(page).unwrap_or_else(|_| "# Performance\n".to_owned());
+    if !old.contains(&begin) {
+        old += &format!("\n{begin}\n{end}\n");
+    }
+    let parts = old
+        .split_once(&begin)
+        .and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
+    let Some((before, after)) = parts else {
+        bail!("{}: the line {end} is missing", page.display());
     };
-    let (Some((before, rest)), true) = (old.split_once(BEGIN), old.contains(END)) else {
-        bail!(
-            "{}: the lines {BEGIN} and {END} are missing",
-            page.display()
-        );
-    };
-    let after = rest.split_once(END).map_or("", |(_, after)| after);
     if let Some(folder) = page.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
-    let new = format!("{before}{BEGIN}\n{text}{END}{after}");
+    let new = format!("{before}{begin}\n{text}{end}{after}");
     fs::write(page, new).with_context(|| format!("cannot write {}", page.display()))
 }
 

@@ -16,12 +16,13 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 28] = [
+const PROGRAMS: [&str; 29] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
     "cmp",
     "dash",
+    "date",
     "dd",
     "dumpe2fs",
     "e2fsck",

@@ -62,7 +62,9 @@ pub(super) struct Installed {
 pub(super) fn ensure(kernel: Kernel) -> Result<Installed> {
     let kernels = paths::guest_cache().join("kernels");
     let folder = kernels.join(kernel.name());
-    if !folder.exists() {
+    let wanted = modules::WANTED.join(" ");
+    let cached = fs::read_to_string(folder.join("wanted")).is_ok_and(|cached| cached == wanted);
+    if !cached {
         // Built beside and then renamed: the folder is there only as a whole.
         let unfinished = kernels.join(format!("{}.new", kernel.name()));
         if unfinished.exists() {
@@ -71,6 +73,10 @@ pub(super) fn ensure(kernel: Kernel) -> Result<Installed> {
         fs::create_dir_all(&unfinished).context("cannot make the kernel's folder")?;
         fetch(kernel, &unfinished)
             .with_context(|| format!("cannot fetch kernel {}", kernel.name()))?;
+        fs::write(unfinished.join("wanted"), wanted).context("cannot write the list of modules")?;
+        if folder.exists() {
+            fs::remove_dir_all(&folder).context("cannot remove the older kernel")?;
+        }
         fs::rename(&unfinished, &folder).context("cannot name the kernel's folder")?;
     }
     let release =

@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// What is wanted; what these depend on comes along. Some are built into some kernels, or don't exist there.
-const WANTED: [&str; 16] = [
+pub(super) const WANTED: [&str; 17] = [
     "ublk_drv",
     "brd",
     "loop",
@@ -28,6 +28,7 @@ const WANTED: [&str; 16] = [
     "dm_log_writes",
     "dm_flakey",
     "dm_delay",
+    "zram",
 ];
 
 /// Unpacks the wanted modules of a kernel's tree into a folder that becomes the guest's /lib/modules/RELEASE.
