@@ -1,13 +1,20 @@
 //! blockfork: a pool of copy-on-write volumes, forked as `fork(2)` forks a page table.
 //!
 //! Imports point down one list of rooms: `units`, `limits`, `error`, `name`, `clock`, `format`, `device`, `space`,
-//! `map`, `journal`, `checkpoint`, `datapath`, `pool`, and the frontend `ublk` on top.
+//! `map`, `metadata`, `journal`, `checkpoint`, `datapath`, `pool`, and the frontend `ublk` on top.
 
+mod checkpoint;
 pub mod clock;
+mod datapath;
 pub mod device;
 pub mod error;
+mod format;
+mod journal;
 pub mod limits;
+mod map;
+mod metadata;
 pub mod name;
 pub mod pool;
+mod space;
 pub mod ublk;
 pub mod units;

@@ -6,15 +6,17 @@ use crate::units::BLOCK_BYTES;
 pub const NAME_BYTES_MAX: usize = 127;
 /// The smallest pool, in blocks (16 MiB).
 pub const POOL_BLOCKS_MIN: u64 = 16 * 1024 * 1024 / BLOCK_BYTES;
-/// The largest pool, in blocks (2^44, 64 PiB).
-pub const POOL_BLOCKS_MAX: u64 = 1 << 44;
+/// The largest pool, in blocks (8 PiB).
+pub const POOL_BLOCKS_MAX: u64 = 1 << 41;
 /// The largest volume, in bytes (1 PiB).
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 /// The most volumes and snapshots of one pool, those being deleted included.
 pub const VOLUMES_MAX: usize = 1 << 22;
 /// The most blocks that one journal record maps or unmaps.
-pub const RECORD_BLOCKS_MAX: u64 = 1 << 20;
+pub const RECORD_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
 /// The most targets that one `snapshot` command names; their record must fit one journal block.
 pub const SNAPSHOT_GROUP_MAX: usize = 256;
 /// Bytes of redo records that may wait in memory for a commit before writers wait.
 pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;
+/// Map pages in memory, at some 4 KiB each; beyond that, durable ones are dropped and read again when needed.
+pub const MAP_PAGES_MAX: usize = 1 << 19;

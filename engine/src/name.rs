@@ -35,6 +35,11 @@ impl Name {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Before every other name: where a range of names begins.
+    pub(crate) fn first() -> Self {
+        Self(String::new())
+    }
 }
 
 impl FromStr for Name {

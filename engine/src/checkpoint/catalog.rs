@@ -1,0 +1,81 @@
+//! The catalog's pages: which stand where, and which a checkpoint writes anew.
+
+use crate::format::catalog::{CATALOG_INDEX_ENTRIES, SLOTS_PER_PAGE, encode_index, encode_page};
+use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
+use crate::metadata::Metadata;
+use crate::space::Fault;
+use std::collections::BTreeSet;
+
+/// How many pages each level of the catalog has, from the pages with the slots to the single top one.
+pub(super) fn level_sizes(slots: usize) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    let mut pages = slots.div_ceil(SLOTS_PER_PAGE);
+    while pages > 0 {
+        sizes.push(pages);
+        if pages == 1 {
+            break;
+        }
+        pages = pages.div_ceil(CATALOG_INDEX_ENTRIES);
+    }
+    sizes
+}
+
+/// The pages of a level, as a header names them.
+pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageIdentity {
+    PageIdentity {
+        pool: metadata.id,
+        kind: if level == 0 { PageKind::Catalog } else { PageKind::CatalogIndex },
+        level: u8::try_from(level).unwrap_or(u8::MAX),
+        ptr,
+    }
+}
+
+/// Gives every catalog page that changed, and those above it, a new place and encodes it.
+pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)>, Fault> {
+    let sizes = level_sizes(metadata.catalog.slot_count());
+    let mut dirty: Vec<BTreeSet<usize>> = Vec::new();
+    let mut pages = metadata.catalog.dirty_pages().clone();
+    for _ in &sizes {
+        let above = pages.iter().map(|page| page / CATALOG_INDEX_ENTRIES).collect();
+        dirty.push(std::mem::replace(&mut pages, above));
+    }
+    let places = &metadata.catalog_places;
+    let old = |level: usize, page: usize| places.get(level).and_then(|level| level.get(page)).copied().flatten();
+    for (level, pages) in dirty.iter().enumerate() {
+        for ptr in pages.iter().filter_map(|page| old(level, *page)) {
+            metadata.space.referenced(ptr.pba)?;
+        }
+    }
+    let count: usize = dirty.iter().map(BTreeSet::len).sum();
+    metadata.space.set_aside(count as u64)?;
+
+    // From here on nothing can be missing.
+    metadata.catalog.take_dirty_pages();
+    metadata.catalog_places.resize(sizes.len(), Vec::new());
+    for (places, size) in metadata.catalog_places.iter_mut().zip(&sizes) {
+        places.resize(*size, None);
+    }
+    let mut encoded = Vec::with_capacity(count);
+    for (level, pages) in dirty.into_iter().enumerate() {
+        for page in pages {
+            let ptr = PagePtr {
+                pba: metadata.space.take_metadata(),
+                generation: metadata.map.generation(),
+            };
+            if let Some(old) = metadata.catalog_places[level][page].replace(ptr) {
+                metadata.space.release(old.pba, None);
+            }
+            let identity = identity(metadata, level, ptr);
+            let bytes = if level == 0 {
+                encode_page(metadata.catalog.page_slots(page), identity)
+            } else {
+                let below = &metadata.catalog_places[level - 1];
+                let first = page * CATALOG_INDEX_ENTRIES;
+                let children = &below[first..below.len().min(first + CATALOG_INDEX_ENTRIES)];
+                encode_index(children, identity)
+            };
+            encoded.push((ptr, bytes));
+        }
+    }
+    Ok(encoded)
+}

@@ -1,0 +1,14 @@
+//! Checkpoints: the frozen metadata written to new places, then the superblock that names it.
+//!
+//! The freeze is short: every page of the generation that ends is already immutable, so it only hands them over.
+//! Writing goes on while the live maps change. What was released before the freeze becomes reusable when the
+//! superblock is durable and every request of the time before has ended.
+
+mod catalog;
+mod load;
+mod superblock;
+mod write;
+
+pub(crate) use load::load;
+pub(crate) use superblock::{read_superblocks, write_superblocks};
+pub(crate) use write::{Checkpoints, Ending};

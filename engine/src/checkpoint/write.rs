@@ -1,0 +1,254 @@
+//! Writing a checkpoint.
+
+use super::{catalog, write_superblocks};
+use crate::device::{BlockBuf, Device};
+use crate::error::Result;
+use crate::format::counts::{encode_counts, encode_index};
+use crate::format::layout::{index_slot, region_slot};
+use crate::format::map_page;
+use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
+use crate::format::superblock::Superblock;
+use crate::journal::{Ledger, State};
+use crate::map::FrozenPage;
+use crate::space::{Fault, FrozenSpace};
+use crate::units::{BLOCK_LEN, Extent, Generation, Pba, PoolId};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Pages are written in runs of at most this many.
+const RUN_BLOCKS: usize = 64;
+/// Shorter runs of freed blocks are not worth a discard.
+const DISCARD_BLOCKS_MIN: u64 = 16;
+
+/// Writes checkpoints, one at a time, and remembers the last.
+#[derive(Debug)]
+pub(crate) struct Checkpoints {
+    current: async_lock::Mutex<Superblock>,
+    durable: AtomicU64,
+    written: AtomicU64,
+    last_ns: AtomicU64,
+}
+
+/// What comes after a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The pool goes on.
+    GoOn,
+    /// Nothing: the pool is closed.
+    Close,
+}
+
+/// Everything a checkpoint writes.
+#[derive(Debug)]
+struct Frozen {
+    generation: Generation,
+    map: Vec<FrozenPage>,
+    catalog: Vec<(PagePtr, PageBytes)>,
+    space: FrozenSpace,
+    pending: Vec<Extent>,
+    catalog_top: Option<PagePtr>,
+    catalog_level: u8,
+    catalog_slots: u64,
+    next_id: u64,
+    blocks: u64,
+}
+
+impl Checkpoints {
+    /// The checkpoint that `superblock` names is the current one.
+    pub(crate) fn new(superblock: Superblock) -> Self {
+        Self {
+            durable: AtomicU64::new(superblock.generation.0),
+            current: async_lock::Mutex::new(superblock),
+            written: AtomicU64::new(0),
+            last_ns: AtomicU64::new(0),
+        }
+    }
+
+    /// The last durable generation, how many were written since the pool was opened, and how long the last took.
+    pub(crate) fn progress(&self) -> (Generation, u64, u64) {
+        (
+            Generation(self.durable.load(Ordering::Acquire)),
+            self.written.load(Ordering::Relaxed),
+            self.last_ns.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
+    pub(crate) async fn hold(&self) -> async_lock::MutexGuard<'_, Superblock> {
+        self.current.lock().await
+    }
+
+    /// Changes the superblock and makes that durable, without a checkpoint.
+    pub(crate) async fn restate<D: Device>(&self, device: &D, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        let mut current = self.current.lock().await;
+        change(&mut current);
+        write_superblocks(device, &current).await
+    }
+
+    /// Writes a checkpoint of everything applied before the call.
+    pub(crate) async fn write<D: Device>(
+        &self,
+        ledger: &Ledger,
+        device: &D,
+        ending: Ending,
+        restate: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
+        let started = ledger.clock.monotonic_ns();
+        let mut current = self.current.lock().await;
+        let closing = ledger.gate.closing().await;
+        let mut commit = ledger.hold_commits().await;
+        ledger.check_poison()?;
+        let (frozen, batch) = loop {
+            let attempt = ledger.freeze(|state| {
+                let frozen = freeze(state)?;
+                closing.flip();
+                Ok((frozen, state.take_pending()))
+            });
+            match attempt {
+                Ok(frozen) => break frozen,
+                Err(fault) => ledger.supply(device, fault).await?,
+            }
+        };
+        // The data that the frozen maps name, before anything durable names it.
+        ledger.poison_on(device.flush().await)?;
+        let fits = ledger.write_if_fits(device, &mut commit, &batch).await?;
+        let (cut, chain) = (commit.tail.next, commit.tail.chain);
+        // Where the journal has no room for what the checkpoint covers, nobody may append behind the gap.
+        let held = if fits { None } else { Some(commit) };
+
+        ledger.poison_on(write_pages(device, ledger.pool, &frozen).await)?;
+        ledger.poison_on(device.flush().await)?;
+        let mut next = current.clone();
+        next.generation = frozen.generation;
+        next.blocks = frozen.blocks;
+        next.is_clean = ending == Ending::Close;
+        next.journal_block = cut;
+        next.journal_chain = chain;
+        next.seq = batch.end;
+        next.next_id = frozen.next_id;
+        next.catalog = frozen.catalog_top;
+        next.catalog_level = frozen.catalog_level;
+        next.catalog_slots = frozen.catalog_slots;
+        next.counts = frozen.space.top;
+        restate(&mut next);
+        ledger.poison_on(write_superblocks(device, &next).await)?;
+        *current = next;
+
+        self.durable.store(frozen.generation.0, Ordering::Release);
+        ledger.set_durable(batch.end);
+        let mut commit = match held {
+            Some(commit) => commit,
+            None => ledger.hold_commits().await,
+        };
+        commit.tail.oldest = cut;
+        drop(commit);
+        closing.drained().await;
+        discard(device, &frozen.pending).await;
+        ledger.adjust(|metadata| metadata.space.reuse(&frozen.pending));
+        self.written.fetch_add(1, Ordering::Relaxed);
+        self.last_ns
+            .store(ledger.clock.monotonic_ns() - started, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn freeze(state: &mut State) -> Result<Frozen, Fault> {
+    let metadata = &mut state.metadata;
+    let catalog = catalog::shadow(metadata)?;
+    let generation = metadata.map.generation();
+    let top = metadata.catalog_places.last().and_then(|level| level.first());
+    Ok(Frozen {
+        generation,
+        catalog,
+        catalog_top: top.copied().flatten(),
+        catalog_level: u8::try_from(metadata.catalog_places.len().saturating_sub(1)).unwrap_or(u8::MAX),
+        catalog_slots: metadata.catalog.slot_count() as u64,
+        next_id: metadata.catalog.next_id().0,
+        map: metadata.map.freeze(),
+        pending: metadata.space.take_pending(),
+        space: metadata.space.freeze(generation),
+        blocks: metadata.space.blocks(),
+    })
+}
+
+/// A page of a checkpoint, not encoded yet.
+enum Page<'a> {
+    Map(&'a FrozenPage),
+    Encoded(&'a PageBytes),
+    Counts(&'a [u16; 1984], PageKind),
+    Index(&'a crate::format::counts::Index, u8),
+}
+
+async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Result<()> {
+    let generation = frozen.generation;
+    let mut pages: Vec<(Pba, Page<'_>)> = Vec::new();
+    pages.extend(frozen.map.iter().map(|page| (page.ptr.pba, Page::Map(page))));
+    pages.extend(frozen.catalog.iter().map(|(ptr, bytes)| (ptr.pba, Page::Encoded(bytes))));
+    for region in &frozen.space.regions {
+        let place = |high| region_slot(region.region, region.slot, high);
+        pages.push((place(false), Page::Counts(&region.low, PageKind::Counts)));
+        if let Some(high) = &region.high {
+            pages.push((place(true), Page::Counts(high, PageKind::CountsHigh)));
+        }
+    }
+    for (level, index, slot, content) in &frozen.space.index {
+        pages.push((index_slot(*level, *index, *slot), Page::Index(content, *level)));
+    }
+    pages.sort_by_key(|(pba, _)| *pba);
+
+    let mut buffer = BlockBuf::zeroed(RUN_BLOCKS);
+    let mut rest = pages.as_slice();
+    while let Some((first, _)) = rest.first() {
+        let length = rest
+            .iter()
+            .take(RUN_BLOCKS)
+            .zip(first.0..)
+            .take_while(|((pba, _), expected)| pba.0 == *expected)
+            .count();
+        let (run, later) = rest.split_at(length);
+        for ((pba, page), place) in run.iter().zip(buffer.chunks_exact_mut(BLOCK_LEN)) {
+            place.copy_from_slice(&encode(page, *pba, pool, generation));
+        }
+        device.write(first.offset(), &buffer[..length * BLOCK_LEN]).await?;
+        rest = later;
+    }
+    Ok(())
+}
+
+fn encode(page: &Page<'_>, pba: Pba, pool: PoolId, generation: Generation) -> PageBytes {
+    let identity = |kind, level| PageIdentity {
+        pool,
+        kind,
+        level,
+        ptr: PagePtr { pba, generation },
+    };
+    match page {
+        Page::Map(frozen) => {
+            let identity = identity(PageKind::Map, frozen.page.level);
+            map_page::encode(&frozen.page.node, frozen.page.mapped, identity)
+        }
+        Page::Encoded(bytes) => **bytes,
+        Page::Counts(halves, kind) => encode_counts(halves, identity(*kind, 0)),
+        Page::Index(index, level) => encode_index(index, identity(PageKind::CountsIndex, *level)),
+    }
+}
+
+/// Gives freed blocks back to the device below, in runs.
+async fn discard<D: Device>(device: &D, freed: &[Extent]) {
+    let mut sorted = freed.to_vec();
+    sorted.sort_unstable();
+    let mut runs: Vec<Extent> = Vec::new();
+    for extent in sorted {
+        match runs.last_mut() {
+            Some(last) if last.end() == extent.start => last.count += extent.count,
+            _ => runs.push(extent),
+        }
+    }
+    for run in runs.iter().filter(|run| run.count >= DISCARD_BLOCKS_MIN) {
+        let bytes = run.count * BLOCK_LEN as u64;
+        if let Err(error) = device.discard(run.start.offset(), bytes).await {
+            // A discard is advice: the blocks are free all the same.
+            tracing::warn!(%error, "freed space could not be given back");
+            return;
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What a request does: read, write, discard, write zeroes, flush; one file each, each one straight `async fn`.
+//!
+//! No lock is held across I/O. A request that uses blocks which a lookup gave it holds a ticket of the gate meanwhile.
+
+mod counters;
+mod discard;
+mod flush;
+mod range_lock;
+mod read;
+mod write;
+
+pub(crate) use counters::Counters;
+pub(crate) use flush::flush;
+pub(crate) use range_lock::{RangeGuard, RangeLocks};
+
+use crate::checkpoint::{Checkpoints, Ending};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::journal::{Draft, Ledger};
+use crate::space::Fault;
+use crate::units::VolumeId;
+
+/// A request's surroundings: the volume, and the device as the calling thread reaches it.
+#[derive(Debug)]
+pub(crate) struct Io<'a, D> {
+    pub(crate) ledger: &'a Ledger,
+    pub(crate) checkpoints: &'a Checkpoints,
+    pub(crate) device: &'a D,
+    pub(crate) volume: VolumeId,
+    pub(crate) redirects_always: bool,
+    pub(crate) counters: &'a Counters,
+}
+
+impl<D: Device> Io<'_, D> {
+    /// Changes the metadata. Where space has run out but released blocks wait for a checkpoint, writes one and tries
+    /// again.
+    async fn change<T>(&self, mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>) -> Result<T> {
+        if self.ledger.is_backlogged() {
+            flush(self.ledger, self.checkpoints, self.device).await?;
+        }
+        loop {
+            let before = self.checkpoints.progress().0;
+            match self.ledger.change(self.device, &mut change).await {
+                Err(error) if error.kind() == ErrorKind::OutOfSpace => {
+                    if self.ledger.look(|metadata| metadata.space.pending_blocks()) == 0 {
+                        return Err(error);
+                    }
+                    // Somebody else's checkpoint serves as well.
+                    if self.checkpoints.progress().0 == before {
+                        self.checkpoints
+                            .write(self.ledger, self.device, Ending::GoOn, |_| {})
+                            .await?;
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn name_volume(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Corrupt {
+            return error;
+        }
+        let path = self.ledger.look(|metadata| metadata.catalog.path(self.volume));
+        match path {
+            Some(path) => Error::corrupt(format!("{path}: {error}")),
+            None => error,
+        }
+    }
+}

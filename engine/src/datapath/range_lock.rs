@@ -1,0 +1,48 @@
+//! Ordering of overlapping requests on a volume whose sectors are smaller than a block: a partial write reads the
+//! block, merges and writes it, and nobody else may write the block meanwhile.
+
+use event_listener::{Event, listener};
+use parking_lot::Mutex;
+use std::ops::Range;
+
+/// The byte ranges being changed.
+#[derive(Debug, Default)]
+pub(crate) struct RangeLocks {
+    held: Mutex<Vec<Range<u64>>>,
+    released: Event,
+}
+
+/// A range held; free again when dropped.
+#[derive(Debug)]
+pub(crate) struct RangeGuard<'a> {
+    locks: &'a RangeLocks,
+    range: Range<u64>,
+}
+
+impl RangeLocks {
+    /// Waits until no overlapping range is held, and holds this one.
+    pub(crate) async fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
+        loop {
+            listener!(self.released => released);
+            {
+                let mut held = self.held.lock();
+                if !held.iter().any(|other| other.start < range.end && range.start < other.end) {
+                    held.push(range.clone());
+                    return RangeGuard { locks: self, range };
+                }
+            }
+            released.await;
+        }
+    }
+}
+
+impl Drop for RangeGuard<'_> {
+    fn drop(&mut self) {
+        let mut held = self.locks.held.lock();
+        if let Some(index) = held.iter().position(|range| *range == self.range) {
+            held.swap_remove(index);
+        }
+        drop(held);
+        self.locks.released.notify(usize::MAX);
+    }
+}

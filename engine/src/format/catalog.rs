@@ -1,0 +1,185 @@
+//! The catalog: one slot of 256 bytes for each volume, each snapshot and each tree that is being reclaimed.
+
+use super::bytes::{Reader, Writer};
+use super::map_page::LEVEL_MAX;
+use super::page::{BODY_BYTES, PageBytes, PageIdentity, PagePtr, body_mut, seal, verify};
+use crate::error::{Error, Result};
+use crate::limits::{NAME_BYTES_MAX, VOLUME_BYTES_MAX};
+use crate::name::Name;
+use crate::units::{BLOCK_LEN, Generation, Lba, Pba, Timestamp, VolumeId};
+
+/// Slots of a catalog page.
+pub(crate) const SLOTS_PER_PAGE: usize = 15;
+/// Pointers of a catalog index page.
+pub(crate) const CATALOG_INDEX_ENTRIES: usize = 252;
+const SLOT_BYTES: usize = 256;
+const _: () = assert!(SLOTS_PER_PAGE * SLOT_BYTES <= BODY_BYTES);
+const _: () = assert!(CATALOG_INDEX_ENTRIES * 16 <= BODY_BYTES);
+const _: () = assert!(NAME_BYTES_MAX <= SLOT_BYTES - 97);
+
+/// The root of a map: its page, none while nothing is mapped, and the level that the page has or would have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Root {
+    pub(crate) ptr: Option<PagePtr>,
+    pub(crate) level: u8,
+}
+
+/// What a slot holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A volume with its name and the snapshot that it began as.
+    Volume { name: Name, origin: Option<VolumeId> },
+    /// A snapshot with its name and its volume.
+    Snapshot { name: Name, volume: VolumeId },
+    /// A removed tree; everything below `cursor` is returned already.
+    Reclaiming { cursor: Lba },
+}
+
+/// An occupied slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CatalogEntry {
+    pub(crate) id: VolumeId,
+    pub(crate) role: Role,
+    pub(crate) root: Root,
+    pub(crate) bytes: u64,
+    pub(crate) sector_bytes: u32,
+    pub(crate) redirects_always: bool,
+    pub(crate) mapped_blocks: u64,
+    pub(crate) created: Timestamp,
+}
+
+fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
+    let mut slot = [0; SLOT_BYTES];
+    if let Some(entry) = entry {
+        let (code, name, other) = match &entry.role {
+            Role::Volume { name, origin } => (1, name.as_str(), origin.map_or(0, |id| id.0)),
+            Role::Snapshot { name, volume } => (2, name.as_str(), volume.0),
+            Role::Reclaiming { cursor } => (3, "", cursor.0),
+        };
+        let (pba, generation) = entry.root.ptr.map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
+        let mut slot = Writer::new(&mut slot);
+        slot.u8(code);
+        slot.u8(entry.root.level);
+        slot.u8(u8::from(entry.redirects_always));
+        slot.u8(u8::try_from(name.len()).unwrap_or(u8::MAX));
+        slot.u32(entry.sector_bytes);
+        slot.u64(entry.id.0);
+        slot.u64(other);
+        slot.u64(pba);
+        slot.u64(generation);
+        slot.u64(entry.bytes);
+        slot.u64(entry.mapped_blocks);
+        slot.u64(entry.created.0);
+        slot.bytes(name.as_bytes());
+    }
+    writer.bytes(&slot);
+}
+
+fn decode_slot(reader: &mut Reader<'_>, pool_blocks: u64) -> Result<Option<CatalogEntry>> {
+    let mut slot = Reader::new(reader.bytes(SLOT_BYTES)?);
+    let damaged = |fact: &str| Error::corrupt(format!("catalog page: {fact}"));
+    let code = slot.u8()?;
+    if code == 0 {
+        return Ok(None);
+    }
+    let level = slot.u8()?;
+    if level > LEVEL_MAX {
+        return Err(damaged("a map deeper than maps can be"));
+    }
+    let redirects_always = slot.u8()? != 0;
+    let name_len = usize::from(slot.u8()?);
+    let sector_bytes = slot.u32()?;
+    if sector_bytes != 512 && sector_bytes != 4096 {
+        return Err(damaged("a sector size that is neither 512 nor 4096"));
+    }
+    let id = VolumeId(slot.u64()?);
+    let other = slot.u64()?;
+    let (pba, generation) = (Pba(slot.u64()?), Generation(slot.u64()?));
+    if pba.0 >= pool_blocks || generation.0 >> 48 != 0 {
+        return Err(damaged("a map that begins beyond the pool"));
+    }
+    let bytes = slot.u64()?;
+    if bytes > VOLUME_BYTES_MAX {
+        return Err(damaged("a volume larger than volumes can be"));
+    }
+    let mapped_blocks = slot.u64()?;
+    let created = Timestamp(slot.u64()?);
+    let name = std::str::from_utf8(slot.bytes(name_len)?);
+    let name = || {
+        name.ok()
+            .and_then(|text| text.parse::<Name>().ok())
+            .ok_or_else(|| damaged("a name that cannot be"))
+    };
+    let role = match code {
+        1 => Role::Volume {
+            name: name()?,
+            origin: (other != 0).then_some(VolumeId(other)),
+        },
+        2 => Role::Snapshot {
+            name: name()?,
+            volume: VolumeId(other),
+        },
+        3 => Role::Reclaiming { cursor: Lba(other) },
+        _ => return Err(damaged("a slot of an unknown kind")),
+    };
+    Ok(Some(CatalogEntry {
+        id,
+        role,
+        root: Root {
+            ptr: (pba.0 != 0).then_some(PagePtr { pba, generation }),
+            level,
+        },
+        bytes,
+        sector_bytes,
+        redirects_always,
+        mapped_blocks,
+        created,
+    }))
+}
+
+/// The catalog page as it goes to disk.
+pub(crate) fn encode_page<'a>(slots: impl Iterator<Item = Option<&'a CatalogEntry>>, identity: PageIdentity) -> PageBytes {
+    let mut page = [0; BLOCK_LEN];
+    let mut writer = body_mut(&mut page);
+    for slot in slots.take(SLOTS_PER_PAGE) {
+        encode_slot(slot, &mut writer);
+    }
+    seal(&mut page, identity);
+    page
+}
+
+/// The slots in `page`.
+pub(crate) fn decode_page(page: &PageBytes, identity: PageIdentity, pool_blocks: u64) -> Result<Vec<Option<CatalogEntry>>> {
+    let mut reader = verify(page, identity)?;
+    (0..SLOTS_PER_PAGE)
+        .map(|_| decode_slot(&mut reader, pool_blocks).map_err(|e| e.at_pba(identity.ptr.pba)))
+        .collect()
+}
+
+/// The catalog index page as it goes to disk.
+pub(crate) fn encode_index(children: &[Option<PagePtr>], identity: PageIdentity) -> PageBytes {
+    assert!(children.len() <= CATALOG_INDEX_ENTRIES, "too many children for an index page");
+    let mut page = [0; BLOCK_LEN];
+    let mut writer = body_mut(&mut page);
+    for child in children {
+        let (pba, generation) = child.map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
+        writer.u64(pba);
+        writer.u64(generation);
+    }
+    seal(&mut page, identity);
+    page
+}
+
+/// The pointers in `page`.
+pub(crate) fn decode_index(page: &PageBytes, identity: PageIdentity, pool_blocks: u64) -> Result<Vec<Option<PagePtr>>> {
+    let mut reader = verify(page, identity)?;
+    let mut children = Vec::with_capacity(CATALOG_INDEX_ENTRIES);
+    for _ in 0..CATALOG_INDEX_ENTRIES {
+        let (pba, generation) = (Pba(reader.u64()?), Generation(reader.u64()?));
+        if pba.0 >= pool_blocks || generation > identity.ptr.generation {
+            return Err(Error::corrupt("catalog index page: a pointer that cannot be").at_pba(identity.ptr.pba));
+        }
+        children.push((pba.0 != 0).then_some(PagePtr { pba, generation }));
+    }
+    Ok(children)
+}

@@ -1,0 +1,222 @@
+//! A journal block: redo records between a header that chains it to the block before.
+//!
+//! A block is part of the journal if its CRC holds, its number is the next one, and the CRC it names is that of the
+//! block before it. The chain makes blocks that an earlier, interrupted commit left further on worthless.
+
+use super::bytes::{Reader, Writer};
+use super::record::{RECORD_BYTES_MAX, Record};
+use crate::error::{Error, Result};
+use crate::units::{BLOCK_LEN, PoolId, Seq};
+
+/// `BFjb`.
+const MAGIC: u32 = u32::from_le_bytes(*b"BFjb");
+const HEADER_BYTES: usize = 64;
+const CRC_AT: std::ops::Range<usize> = 4..8;
+/// Bytes before a record: its length and whether the next record belongs to the same change.
+pub(crate) const FRAME_BYTES: usize = 3;
+const _: () = assert!(FRAME_BYTES + RECORD_BYTES_MAX <= BLOCK_LEN - HEADER_BYTES);
+
+/// A record with its frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Framed {
+    pub(crate) record: Record,
+    /// The record after this one belongs to the same change: neither counts without the other.
+    pub(crate) continues: bool,
+}
+
+/// Appends a record with its frame.
+pub(crate) fn encode_framed(record: &Record, continues: bool, out: &mut Vec<u8>) {
+    let at = out.len();
+    out.extend([0; FRAME_BYTES]);
+    record.encode(out);
+    let length = u16::try_from(out.len() - at - FRAME_BYTES).unwrap_or(u16::MAX);
+    let frame: Vec<u8> = length.to_le_bytes().into_iter().chain([u8::from(continues)]).collect();
+    if let Some(place) = out.get_mut(at..at + FRAME_BYTES) {
+        place.copy_from_slice(&frame);
+    }
+}
+
+/// The first record of `bytes` with its frame, and the rest.
+pub(crate) fn split_framed(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
+    let mut reader = Reader::new(bytes);
+    let length = usize::from(reader.u16()?);
+    bytes
+        .split_at_checked(FRAME_BYTES + length)
+        .ok_or_else(|| Error::corrupt("journal record: runs beyond its block"))
+}
+
+/// The record in a frame.
+pub(crate) fn decode_framed(framed: &[u8], pool_blocks: u64) -> Result<Framed> {
+    let mut reader = Reader::new(framed);
+    reader.u16()?;
+    let continues = reader.u8()? != 0;
+    Ok(Framed {
+        record: Record::decode(reader.bytes(reader.remaining())?, pool_blocks)?,
+        continues,
+    })
+}
+
+/// A journal block's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BlockHeader {
+    pub(crate) pool: PoolId,
+    /// Its number, ascending by one; its place is the number modulo the journal's size.
+    pub(crate) number: u64,
+    /// The CRC of the block before.
+    pub(crate) chain: u32,
+    /// The number of its first record.
+    pub(crate) first_seq: Seq,
+}
+
+/// Cuts framed records into blocks: whole records, as many as fit.
+pub(crate) fn encode_blocks(mut framed: &[u8], mut header: BlockHeader) -> Result<(Vec<[u8; BLOCK_LEN]>, u32)> {
+    let mut blocks = Vec::new();
+    while !framed.is_empty() {
+        let mut taken = 0;
+        let mut records = 0;
+        let mut rest = framed;
+        while !rest.is_empty() {
+            let (record, after) = split_framed(rest)?;
+            if taken + record.len() > BLOCK_LEN - HEADER_BYTES {
+                break;
+            }
+            taken += record.len();
+            records += 1;
+            rest = after;
+        }
+        let mut block = [0; BLOCK_LEN];
+        let mut writer = Writer::new(&mut block);
+        writer.u32(MAGIC);
+        writer.u32(0);
+        writer.bytes(&header.pool.0);
+        writer.u64(header.number);
+        writer.u64(header.first_seq.0);
+        writer.u32(header.chain);
+        writer.u16(u16::try_from(taken).unwrap_or(u16::MAX));
+        writer.bytes(&[0; HEADER_BYTES - 46]);
+        writer.bytes(framed.get(..taken).unwrap_or_default());
+        let crc = crc_of(&block);
+        if let Some(field) = block.get_mut(CRC_AT) {
+            field.copy_from_slice(&crc.to_le_bytes());
+        }
+        blocks.push(block);
+        header.number += 1;
+        header.chain = crc;
+        header.first_seq = Seq(header.first_seq.0 + records);
+        framed = rest;
+    }
+    Ok((blocks, header.chain))
+}
+
+/// The framed records of `block` and its CRC, if it is the block that `header` describes; none if it is not.
+pub(crate) fn decode_block(block: &[u8; BLOCK_LEN], header: BlockHeader) -> Result<Option<(&[u8], u32)>> {
+    let mut reader = Reader::new(block);
+    if reader.u32()? != MAGIC {
+        return Ok(None);
+    }
+    let crc = reader.u32()?;
+    let is_next = reader.array()? == header.pool.0
+        && reader.u64()? == header.number
+        && reader.u64()? == header.first_seq.0
+        && reader.u32()? == header.chain;
+    if !is_next || crc != crc_of(block) {
+        return Ok(None);
+    }
+    let length = usize::from(reader.u16()?);
+    reader.bytes(HEADER_BYTES - 46)?;
+    Ok(Some((reader.bytes(length)?, crc)))
+}
+
+fn crc_of(block: &[u8; BLOCK_LEN]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(block.get(..CRC_AT.start).unwrap_or_default());
+    hasher.update(&[0; 4]);
+    hasher.update(block.get(CRC_AT.end..).unwrap_or_default());
+    hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{Lba, Pba, Timestamp, VolumeId};
+
+    fn records() -> Vec<Record> {
+        let name: crate::name::Name = "x".repeat(NAME).parse().unwrap();
+        const NAME: usize = crate::limits::NAME_BYTES_MAX;
+        let (a, b, c) = (VolumeId(1), VolumeId(2), VolumeId(3));
+        let created = Timestamp(7);
+        vec![
+            Record::Map { volume: a, lba: Lba(5), pba: Pba(9), count: 3 },
+            Record::Unmap { volume: a, lba: Lba(5), count: 3 },
+            Record::Create { id: a, name: name.clone(), bytes: 4096, sector_bytes: 512, redirects_always: true, created },
+            Record::Snapshot { volume: a, id: b, name: name.clone(), created },
+            Record::Clone { snapshot: b, id: c, name: name.clone(), created },
+            Record::Rollback { volume: a, snapshot: b, reclaim: c },
+            Record::Remove { id: a },
+            Record::Rename { id: a, name },
+            Record::Resize { id: a, bytes: 8192 },
+        ]
+    }
+
+    #[test]
+    fn records_round_trip_through_blocks() {
+        let mut framed = Vec::new();
+        let mut expected = Vec::new();
+        for round in 0..20 {
+            for record in records() {
+                encode_framed(&record, round % 2 == 0, &mut framed);
+                expected.push(Framed { record, continues: round % 2 == 0 });
+            }
+        }
+        let mut header = BlockHeader { pool: PoolId([1; 16]), number: 40, chain: 5, first_seq: Seq(100) };
+        let (blocks, last) = encode_blocks(&framed, header).unwrap();
+        assert!(blocks.len() > 1);
+        let mut found = Vec::new();
+        for block in &blocks {
+            let (mut rest, crc) = decode_block(block, header).unwrap().expect("the next block");
+            while !rest.is_empty() {
+                let (one, after) = split_framed(rest).unwrap();
+                found.push(decode_framed(one, 1 << 30).unwrap());
+                header.first_seq = header.first_seq.next();
+                rest = after;
+            }
+            header.number += 1;
+            header.chain = crc;
+        }
+        assert_eq!(header.chain, last);
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_block_of_another_history_ends_the_journal() {
+        let mut framed = Vec::new();
+        encode_framed(&Record::Remove { id: VolumeId(1) }, false, &mut framed);
+        let header = BlockHeader { pool: PoolId([1; 16]), number: 4, chain: 5, first_seq: Seq(1) };
+        let (blocks, _) = encode_blocks(&framed, header).unwrap();
+        for other in [
+            BlockHeader { pool: PoolId([2; 16]), ..header },
+            BlockHeader { number: 5, ..header },
+            BlockHeader { chain: 6, ..header },
+            BlockHeader { first_seq: Seq(2), ..header },
+        ] {
+            assert_eq!(decode_block(&blocks[0], other).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn cut_or_garbled_records_are_errors() {
+        for record in records() {
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            let fixed = if matches!(record, Record::Create { .. } | Record::Snapshot { .. } | Record::Clone { .. } | Record::Rename { .. }) {
+                bytes.len() - crate::limits::NAME_BYTES_MAX + 1
+            } else {
+                bytes.len()
+            };
+            for length in 0..fixed {
+                assert!(Record::decode(&bytes[..length], 1 << 30).is_err(), "{record:?} cut to {length}");
+            }
+        }
+        assert!(Record::decode(&[200], 1 << 30).is_err());
+    }
+}

@@ -1,0 +1,203 @@
+//! A redo record: one change of the metadata, in logical terms. Replaying the records that follow a checkpoint over
+//! that checkpoint gives the state again; pages and counts follow from them.
+
+use super::bytes::{Reader, Writer};
+use crate::error::{Error, Result};
+use crate::limits::{NAME_BYTES_MAX, RECORD_BLOCKS_MAX, VOLUME_BYTES_MAX};
+use crate::name::Name;
+use crate::units::{BLOCK_BYTES, Lba, Pba, Timestamp, VolumeId};
+
+/// The most bytes of an encoded record.
+pub(crate) const RECORD_BYTES_MAX: usize = 64 + NAME_BYTES_MAX;
+
+/// A change of the metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Record {
+    /// Blocks from `lba` map to newly allocated blocks from `pba`.
+    Map { volume: VolumeId, lba: Lba, pba: Pba, count: u64 },
+    /// Blocks from `lba` map to nothing.
+    Unmap { volume: VolumeId, lba: Lba, count: u64 },
+    /// A new, empty volume.
+    Create {
+        id: VolumeId,
+        name: Name,
+        bytes: u64,
+        sector_bytes: u32,
+        redirects_always: bool,
+        created: Timestamp,
+    },
+    /// A snapshot of `volume`.
+    Snapshot {
+        volume: VolumeId,
+        id: VolumeId,
+        name: Name,
+        created: Timestamp,
+    },
+    /// A volume that begins as `snapshot` is.
+    Clone {
+        snapshot: VolumeId,
+        id: VolumeId,
+        name: Name,
+        created: Timestamp,
+    },
+    /// `volume` becomes as `snapshot` is; its old tree is reclaimed as `reclaim`.
+    Rollback {
+        volume: VolumeId,
+        snapshot: VolumeId,
+        reclaim: VolumeId,
+    },
+    /// A volume or snapshot goes; its tree is reclaimed.
+    Remove { id: VolumeId },
+    /// A volume or snapshot gets another name.
+    Rename { id: VolumeId, name: Name },
+    /// A volume gets another size; blocks beyond a smaller one are unmapped already.
+    Resize { id: VolumeId, bytes: u64 },
+}
+
+impl Record {
+    /// Appends the encoded record.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        let mut bytes = [0; RECORD_BYTES_MAX];
+        let mut writer = Writer::new(&mut bytes);
+        let mut trailer: &str = "";
+        let fixed = match self {
+            Self::Map { volume, lba, pba, count } => {
+                writer.u8(1);
+                writer.u64(volume.0);
+                writer.u48(lba.0);
+                writer.u48(pba.0);
+                writer.u48(*count);
+                27
+            }
+            Self::Unmap { volume, lba, count } => {
+                writer.u8(2);
+                writer.u64(volume.0);
+                writer.u48(lba.0);
+                writer.u48(*count);
+                21
+            }
+            Self::Create {
+                id,
+                name,
+                bytes,
+                sector_bytes,
+                redirects_always,
+                created,
+            } => {
+                writer.u8(3);
+                writer.u64(id.0);
+                writer.u64(*bytes);
+                writer.u32(*sector_bytes);
+                writer.u8(u8::from(*redirects_always));
+                writer.u64(created.0);
+                trailer = name.as_str();
+                30
+            }
+            Self::Snapshot { volume: from, id, name, created } | Self::Clone { snapshot: from, id, name, created } => {
+                writer.u8(if matches!(self, Self::Snapshot { .. }) { 4 } else { 5 });
+                writer.u64(from.0);
+                writer.u64(id.0);
+                writer.u64(created.0);
+                trailer = name.as_str();
+                25
+            }
+            Self::Rollback { volume, snapshot, reclaim } => {
+                writer.u8(6);
+                writer.u64(volume.0);
+                writer.u64(snapshot.0);
+                writer.u64(reclaim.0);
+                25
+            }
+            Self::Remove { id } => {
+                writer.u8(7);
+                writer.u64(id.0);
+                9
+            }
+            Self::Rename { id, name } => {
+                writer.u8(8);
+                writer.u64(id.0);
+                trailer = name.as_str();
+                9
+            }
+            Self::Resize { id, bytes } => {
+                writer.u8(9);
+                writer.u64(id.0);
+                writer.u64(*bytes);
+                17
+            }
+        };
+        out.extend(bytes.get(..fixed).unwrap_or_default());
+        out.extend(trailer.as_bytes());
+    }
+
+    /// The record that `bytes` holds, no more and no less.
+    pub(crate) fn decode(bytes: &[u8], pool_blocks: u64) -> Result<Self> {
+        let mut reader = Reader::new(bytes);
+        let damaged = |fact: &str| Error::corrupt(format!("journal record: {fact}"));
+        let name = |reader: &mut Reader<'_>| -> Result<Name> {
+            let text = std::str::from_utf8(reader.bytes(reader.remaining())?).ok();
+            text.and_then(|text| text.parse().ok())
+                .ok_or_else(|| damaged("a name that cannot be"))
+        };
+        let run = |lba: Lba, count: u64| {
+            let inside = count > 0 && count <= RECORD_BLOCKS_MAX && lba.0 + count <= VOLUME_BYTES_MAX / BLOCK_BYTES;
+            if inside { Ok(count) } else { Err(damaged("a run of blocks that cannot be")) }
+        };
+        let record = match reader.u8()? {
+            1 => {
+                let (volume, lba, pba) = (VolumeId(reader.u64()?), Lba(reader.u48()?), Pba(reader.u48()?));
+                let count = run(lba, reader.u48()?)?;
+                if pba.0 == 0 || pba.0 + count > pool_blocks {
+                    return Err(damaged("blocks beyond the pool"));
+                }
+                Self::Map { volume, lba, pba, count }
+            }
+            2 => {
+                let (volume, lba) = (VolumeId(reader.u64()?), Lba(reader.u48()?));
+                let count = run(lba, reader.u48()?)?;
+                Self::Unmap { volume, lba, count }
+            }
+            3 => Self::Create {
+                id: VolumeId(reader.u64()?),
+                bytes: reader.u64()?,
+                sector_bytes: reader.u32()?,
+                redirects_always: reader.u8()? != 0,
+                created: Timestamp(reader.u64()?),
+                name: name(&mut reader)?,
+            },
+            4 => Self::Snapshot {
+                volume: VolumeId(reader.u64()?),
+                id: VolumeId(reader.u64()?),
+                created: Timestamp(reader.u64()?),
+                name: name(&mut reader)?,
+            },
+            5 => Self::Clone {
+                snapshot: VolumeId(reader.u64()?),
+                id: VolumeId(reader.u64()?),
+                created: Timestamp(reader.u64()?),
+                name: name(&mut reader)?,
+            },
+            6 => Self::Rollback {
+                volume: VolumeId(reader.u64()?),
+                snapshot: VolumeId(reader.u64()?),
+                reclaim: VolumeId(reader.u64()?),
+            },
+            7 => Self::Remove {
+                id: VolumeId(reader.u64()?),
+            },
+            8 => Self::Rename {
+                id: VolumeId(reader.u64()?),
+                name: name(&mut reader)?,
+            },
+            9 => Self::Resize {
+                id: VolumeId(reader.u64()?),
+                bytes: reader.u64()?,
+            },
+            _ => return Err(damaged("an unknown kind")),
+        };
+        if reader.remaining() > 0 {
+            return Err(damaged("bytes after its last field"));
+        }
+        Ok(record)
+    }
+}

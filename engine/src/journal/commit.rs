@@ -1,0 +1,180 @@
+//! Committing: making what was acknowledged durable, once for all who ask.
+
+use super::{Ledger, Ring, State};
+use crate::device::{BlockBuf, Device};
+use crate::error::Result;
+use crate::format::journal::{BlockHeader, encode_blocks};
+use crate::units::{BLOCK_LEN, Extent, Seq};
+use async_lock::MutexGuard;
+use std::sync::atomic::Ordering;
+
+/// Where the journal goes on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tail {
+    /// The journal's place.
+    pub(crate) place: Extent,
+    /// The number of the next block to be written.
+    pub(crate) next: u64,
+    /// The CRC of the block before it.
+    pub(crate) chain: u32,
+    /// The oldest block that the last checkpoint does not cover.
+    pub(crate) oldest: u64,
+}
+
+/// What the commit lock guards.
+#[derive(Debug)]
+pub(crate) struct Commit {
+    pub(crate) tail: Tail,
+    /// Requests up to this one are covered.
+    covered: u64,
+}
+
+/// Records that a commit took.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    framed: Vec<u8>,
+    first: Seq,
+    /// The number after the last.
+    pub(crate) end: Seq,
+}
+
+/// What came of a commit.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Committed {
+    /// Everything acknowledged before is durable.
+    Done,
+    /// The journal has no room: a checkpoint makes everything durable instead.
+    JournalFull,
+}
+
+impl Commit {
+    pub(crate) fn new(tail: Tail) -> Self {
+        Self { tail, covered: 0 }
+    }
+
+    fn free_blocks(&self) -> u64 {
+        self.tail.place.count - (self.tail.next - self.tail.oldest)
+    }
+
+    /// Whether so many pending bytes surely fit. A block holds more than 3,500 of them, whatever its records' sizes.
+    fn fits(&self, bytes: usize) -> bool {
+        bytes as u64 / 3500 + 1 <= self.free_blocks()
+    }
+}
+
+impl State {
+    /// Takes the records that wait.
+    pub(crate) fn take_pending(&mut self) -> Batch {
+        let first = self.pending_first;
+        self.pending_first = self.next_seq;
+        Batch {
+            framed: std::mem::take(&mut self.pending),
+            first,
+            end: self.next_seq,
+        }
+    }
+
+    /// Everything before `end` is durable.
+    pub(crate) fn settle(&mut self, end: Seq) {
+        self.metadata.space.settle(Seq(end.0.saturating_sub(1)));
+        if let Some(ring) = &mut self.ring {
+            ring.trim(end);
+        }
+    }
+
+    /// Replaces the ring.
+    pub(crate) fn set_ring(&mut self, ring: Option<Ring>) {
+        self.ring = ring;
+    }
+}
+
+impl Ledger {
+    /// Makes everything that was acknowledged before the call durable.
+    pub(crate) async fn commit<D: Device>(&self, device: &D) -> Result<Committed> {
+        self.check_poison()?;
+        let request = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let mut commit = self.commit.lock().await;
+        self.check_poison()?;
+        if commit.covered >= request {
+            return Ok(Committed::Done);
+        }
+        let covers = self.asked.load(Ordering::SeqCst);
+        let batch = {
+            let mut state = self.state.write();
+            if !commit.fits(state.pending.len()) {
+                return Ok(Committed::JournalFull);
+            }
+            state.take_pending()
+        };
+        self.poison_on(device.flush().await)?;
+        if !batch.framed.is_empty() {
+            self.write_batch(device, &mut commit, &batch).await?;
+            self.poison_on(device.flush().await)?;
+            self.set_durable(batch.end);
+        }
+        commit.covered = covers;
+        self.committed.fetch_add(1, Ordering::Relaxed);
+        Ok(Committed::Done)
+    }
+
+    /// Everything before `end` is durable.
+    pub(crate) fn set_durable(&self, end: Seq) {
+        self.state.write().settle(end);
+        self.durable.fetch_max(end.0.saturating_sub(1), Ordering::AcqRel);
+    }
+
+    /// Keeps commits away while a checkpoint finds its cut.
+    pub(crate) async fn hold_commits(&self) -> MutexGuard<'_, Commit> {
+        self.commit.lock().await
+    }
+
+    /// What the lock guards, for a checkpoint's freeze.
+    pub(crate) fn freeze<T>(&self, freeze: impl FnOnce(&mut State) -> T) -> T {
+        freeze(&mut self.state.write())
+    }
+
+    /// Writes a batch that a checkpoint took, if it fits; the journal is then whole up to the freeze.
+    pub(crate) async fn write_if_fits<D: Device>(&self, device: &D, commit: &mut Commit, batch: &Batch) -> Result<bool> {
+        if !commit.fits(batch.framed.len()) {
+            return Ok(false);
+        }
+        self.write_batch(device, commit, batch).await?;
+        Ok(true)
+    }
+
+    async fn write_batch<D: Device>(&self, device: &D, commit: &mut Commit, batch: &Batch) -> Result<()> {
+        if batch.framed.is_empty() {
+            return Ok(());
+        }
+        let tail = &mut commit.tail;
+        let header = BlockHeader {
+            pool: self.pool,
+            number: tail.next,
+            chain: tail.chain,
+            first_seq: batch.first,
+        };
+        let (blocks, chain) = self.poison_on(encode_blocks(&batch.framed, header))?;
+        let mut rest = blocks.as_slice();
+        while !rest.is_empty() {
+            let position = tail.next % tail.place.count;
+            let until_wrap = usize::try_from(tail.place.count - position).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(rest.len().min(until_wrap).min(64));
+            let mut buffer = BlockBuf::zeroed(now.len());
+            for (place, block) in buffer.chunks_exact_mut(BLOCK_LEN).zip(now) {
+                place.copy_from_slice(block);
+            }
+            let at = tail.place.start.plus(position);
+            self.poison_on(device.write(at.offset(), &buffer).await)?;
+            tail.next += now.len() as u64;
+            rest = later;
+        }
+        tail.chain = chain;
+        Ok(())
+    }
+
+    /// Blocks of the journal in use, and all of them; none while a commit is under way.
+    pub(crate) fn journal_usage(&self) -> Option<(u64, u64)> {
+        let commit = self.commit.try_lock()?;
+        Some((commit.tail.next - commit.tail.oldest, commit.tail.place.count))
+    }
+}

@@ -1,0 +1,335 @@
+//! The redo journal and the state it protects.
+//!
+//! A change is applied to the metadata in memory and appended as a record: to the pending bytes that the next commit
+//! writes, and to the shared ring, which outlives a killed process. A commit flushes the data first, so that no record
+//! is durable before the data it names; then it writes the records and flushes again. All who ask while one commit
+//! runs share the next.
+
+mod commit;
+mod gate;
+mod replay;
+mod ring;
+
+pub(crate) use commit::{Committed, Tail};
+pub(crate) use gate::Gate;
+pub(crate) use replay::{drop_cut_change, read_journal};
+pub(crate) use ring::{Ring, RingOwner};
+
+use crate::clock::Clock;
+use crate::device::{BlockBuf, Device};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::counts::decode_counts;
+use crate::format::journal::encode_framed;
+use crate::format::layout::region_slot;
+use crate::format::map_page;
+use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
+use crate::format::record::Record;
+use crate::limits::JOURNAL_PENDING_BYTES_MAX;
+use crate::map::MapPage;
+use crate::metadata::{Metadata, Prepared};
+use crate::space::{Fault, Missing};
+use crate::units::{Generation, PoolId, Pba, Seq};
+use commit::Commit;
+use parking_lot::RwLock;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// The state of an open pool, what changes it and what makes the changes durable.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    state: RwLock<State>,
+    /// Who uses blocks that were looked up.
+    pub(crate) gate: Gate,
+    commit: async_lock::Mutex<Commit>,
+    /// Commits asked for; one that begins after a request covers it.
+    asked: AtomicU64,
+    committed: AtomicU64,
+    /// The last record that is durable.
+    durable: AtomicU64,
+    is_poisoned: AtomicBool,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) pool: PoolId,
+}
+
+/// What one lock guards.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) metadata: Metadata,
+    /// The number that the next record gets.
+    next_seq: Seq,
+    /// Framed records that no commit has taken yet; the first one's number.
+    pending: Vec<u8>,
+    pending_first: Seq,
+    ring: Option<Ring>,
+}
+
+/// A change being made: the metadata, and the records of what was done to it.
+#[derive(Debug)]
+pub(crate) struct Draft<'a> {
+    state: &'a mut State,
+}
+
+impl Draft<'_> {
+    /// The metadata, to look at and to reserve space in.
+    pub(crate) fn metadata(&mut self) -> &mut Metadata {
+        &mut self.state.metadata
+    }
+
+    /// Applies one record and appends it.
+    pub(crate) fn apply(&mut self, record: &Record) -> Result<(), Fault> {
+        let prepared = self.state.metadata.prepare(record)?;
+        self.apply_prepared(record, prepared, false)?;
+        Ok(())
+    }
+
+    /// Applies records that belong together: all are prepared before the first is applied, and after a crash either
+    /// all are there or none.
+    pub(crate) fn apply_all(&mut self, records: &[Record]) -> Result<(), Fault> {
+        let mut prepared = Vec::with_capacity(records.len());
+        for record in records {
+            prepared.push(self.state.metadata.prepare(record)?);
+        }
+        for (index, (record, prepared)) in records.iter().zip(prepared).enumerate() {
+            self.apply_prepared(record, prepared, index + 1 < records.len())?;
+        }
+        Ok(())
+    }
+
+    /// Applies a record that was prepared just now and appends it.
+    pub(crate) fn apply_prepared(&mut self, record: &Record, prepared: Prepared, continues: bool) -> Result<()> {
+        let seq = self.state.next_seq;
+        self.state.metadata.apply(record, prepared, seq)?;
+        let at = self.state.pending.len();
+        encode_framed(record, continues, &mut self.state.pending);
+        if let Some(ring) = &mut self.state.ring {
+            ring.append(seq, self.state.pending.get(at..).unwrap_or_default());
+        }
+        self.state.next_seq = seq.next();
+        Ok(())
+    }
+}
+
+impl Ledger {
+    pub(crate) fn new(metadata: Metadata, next_seq: Seq, tail: Tail, ring: Option<Ring>, clock: Arc<dyn Clock>) -> Self {
+        let pool = metadata.id;
+        Self {
+            state: RwLock::new(State {
+                metadata,
+                next_seq,
+                pending: Vec::new(),
+                pending_first: next_seq,
+                ring,
+            }),
+            gate: Gate::default(),
+            commit: async_lock::Mutex::new(Commit::new(tail)),
+            asked: AtomicU64::new(0),
+            committed: AtomicU64::new(0),
+            durable: AtomicU64::new(next_seq.0.saturating_sub(1)),
+            is_poisoned: AtomicBool::new(false),
+            clock,
+            pool,
+        }
+    }
+
+    /// The last record that is durable.
+    pub(crate) fn durable(&self) -> Seq {
+        Seq(self.durable.load(Ordering::Acquire))
+    }
+
+    /// Commits since the pool was opened.
+    pub(crate) fn commits(&self) -> u64 {
+        self.committed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.is_poisoned.load(Ordering::Acquire)
+    }
+
+    /// Refuses once a flush has failed.
+    pub(crate) fn check_poison(&self) -> Result<()> {
+        if self.is_poisoned() { Err(Error::new(ErrorKind::Poisoned)) } else { Ok(()) }
+    }
+
+    /// The kernel may drop unwritten pages after a failed flush or write of metadata, and a retry would then report
+    /// success for what is gone: so this is for good.
+    pub(crate) fn poison_on<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.is_poisoned.store(true, Ordering::Release);
+            tracing::error!(%error, "the pool takes no more writes");
+        }
+        result
+    }
+
+    /// Looks at the metadata.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Metadata) -> T) -> T {
+        look(&self.state.read().metadata)
+    }
+
+    /// Changes what is not in the journal: what a checkpoint alone makes durable.
+    pub(crate) fn adjust<T>(&self, adjust: impl FnOnce(&mut Metadata) -> T) -> T {
+        adjust(&mut self.state.write().metadata)
+    }
+
+    /// Looks at the metadata, reading what it lacks from `device`.
+    pub(crate) async fn view<D: Device, T>(
+        &self,
+        device: &D,
+        mut view: impl FnMut(&Metadata) -> Result<T, Fault>,
+    ) -> Result<T> {
+        loop {
+            let fault = match view(&self.state.read().metadata) {
+                Ok(value) => return Ok(value),
+                Err(fault) => fault,
+            };
+            self.supply(device, fault).await?;
+        }
+    }
+
+    /// Changes the metadata by records, reading what is missing from `device`. Waits for a commit while too many
+    /// records wait for one.
+    pub(crate) async fn change<D: Device, T>(
+        &self,
+        device: &D,
+        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<T> {
+        loop {
+            self.check_poison()?;
+            let fault = match change(&mut Draft {
+                state: &mut self.state.write(),
+            }) {
+                Ok(value) => return Ok(value),
+                Err(fault) => fault,
+            };
+            self.supply(device, fault).await?;
+        }
+    }
+
+    /// Whether writers must wait for a commit before they append more.
+    pub(crate) fn is_backlogged(&self) -> bool {
+        let state = self.state.read();
+        state.pending.len() >= JOURNAL_PENDING_BYTES_MAX || state.ring.as_ref().is_some_and(Ring::is_nearly_full)
+    }
+
+    /// Whether records wait for a commit.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.state.read().pending.is_empty()
+    }
+
+    /// Reads what a fault says is missing.
+    pub(crate) async fn supply<D: Device>(&self, device: &D, fault: Fault) -> Result<()> {
+        match fault {
+            Fault::Error(error) => Err(error),
+            Fault::Missing(missing) => {
+                let blocks = self.state.read().metadata.space.blocks();
+                let place = self.state.read().metadata.missing_place(missing);
+                let read = read_missing(device, self.pool, blocks, missing, place).await?;
+                self.state.write().metadata.supply(missing, read)
+            }
+        }
+    }
+}
+
+/// Something that was missing, as read from the device.
+#[derive(Debug)]
+pub(crate) enum Supplied {
+    Page(MapPage),
+    Counts(Option<Box<[u16; 1984]>>, Option<Box<[u16; 1984]>>),
+}
+
+/// Where a region's counts stand.
+type CountsPlace = Option<(crate::format::layout::Slot, Generation, bool)>;
+
+impl Metadata {
+    fn missing_place(&self, missing: Missing) -> CountsPlace {
+        match missing {
+            Missing::Counts(region) => self.space.region_place(region),
+            Missing::Page(..) => None,
+        }
+    }
+
+    /// Puts into memory what was missing.
+    pub(crate) fn supply(&mut self, missing: Missing, supplied: Supplied) -> Result<()> {
+        match (missing, supplied) {
+            (Missing::Page(ptr, _), Supplied::Page(page)) => {
+                self.map.insert_loaded(ptr, page);
+                Ok(())
+            }
+            (Missing::Counts(region), Supplied::Counts(low, high)) => {
+                self.space.load(region, low.as_deref(), high.as_deref())
+            }
+            (Missing::Page(..), Supplied::Counts(..)) | (Missing::Counts(..), Supplied::Page(..)) => Ok(()),
+        }
+    }
+
+    /// Does `change`, reading what it lacks from `device`; for those who own the metadata alone.
+    pub(crate) async fn with_supply<D: Device, T>(
+        &mut self,
+        device: &D,
+        mut change: impl FnMut(&mut Self) -> Result<T, Fault>,
+    ) -> Result<T> {
+        loop {
+            match change(self) {
+                Ok(value) => return Ok(value),
+                Err(Fault::Error(error)) => return Err(error),
+                Err(Fault::Missing(missing)) => {
+                    let place = self.missing_place(missing);
+                    let read = read_missing(device, self.id, self.space.blocks(), missing, place).await?;
+                    self.supply(missing, read)?;
+                }
+            }
+        }
+    }
+}
+
+/// Reads one page.
+pub(crate) async fn read_page<D: Device>(device: &D, pba: Pba, buffer: &mut BlockBuf) -> Result<PageBytes> {
+    device.read(pba.offset(), buffer).await?;
+    let page = buffer.first_chunk().copied();
+    page.ok_or_else(|| Error::new(ErrorKind::Io))
+}
+
+async fn read_missing<D: Device>(
+    device: &D,
+    pool: PoolId,
+    blocks: u64,
+    missing: Missing,
+    place: CountsPlace,
+) -> Result<Supplied> {
+    let mut buffer = BlockBuf::zeroed(1);
+    match missing {
+        Missing::Page(ptr, level) => {
+            let page = read_page(device, ptr.pba, &mut buffer).await?;
+            let identity = PageIdentity {
+                pool,
+                kind: PageKind::Map,
+                level,
+                ptr,
+            };
+            let (mapped, node) = map_page::decode(&page, identity, blocks)?;
+            let node = Arc::new(node);
+            Ok(Supplied::Page(MapPage { level, mapped, node }))
+        }
+        Missing::Counts(region) => {
+            let Some((slot, generation, is_wide)) = place else {
+                return Ok(Supplied::Counts(None, None));
+            };
+            let mut halves = [None, None];
+            for (half, high) in halves.iter_mut().zip([false, true]) {
+                if high && !is_wide {
+                    break;
+                }
+                let pba = region_slot(region, slot, high);
+                let page = read_page(device, pba, &mut buffer).await?;
+                let identity = PageIdentity {
+                    pool,
+                    kind: if high { PageKind::CountsHigh } else { PageKind::Counts },
+                    level: 0,
+                    ptr: PagePtr { pba, generation },
+                };
+                *half = Some(Box::new(decode_counts(&page, identity)?));
+            }
+            let [low, high] = halves;
+            Ok(Supplied::Counts(low, high))
+        }
+    }
+}

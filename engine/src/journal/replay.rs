@@ -1,0 +1,97 @@
+//! Reading the journal back: block after block as long as each is the next, up to the first that is not.
+
+use super::commit::Tail;
+use crate::device::{BlockBuf, Device};
+use crate::error::Result;
+use crate::format::journal::{BlockHeader, Framed, decode_block, decode_framed, split_framed};
+use crate::format::superblock::Superblock;
+use crate::units::{BLOCK_LEN, Extent, Seq};
+
+/// What the journal holds beyond the checkpoint.
+#[derive(Debug)]
+pub(crate) struct ReadJournal {
+    /// The records in order, the first one's number being the superblock's. A last change that was cut is not here.
+    pub(crate) records: Vec<Framed>,
+    /// The number after the last record read, cut or not.
+    pub(crate) next_seq: Seq,
+    /// Where it goes on.
+    pub(crate) tail: Tail,
+}
+
+/// Reads what the checkpoint of `superblock` does not cover.
+pub(crate) async fn read_journal<D: Device>(device: &D, superblock: &Superblock) -> Result<ReadJournal> {
+    let place = superblock.journal;
+    let mut records = Vec::new();
+    let mut header = BlockHeader {
+        pool: superblock.id,
+        number: superblock.journal_block,
+        chain: superblock.journal_chain,
+        first_seq: superblock.seq,
+    };
+    let mut window = Window::new(place);
+    while header.number - superblock.journal_block < place.count {
+        let block = window.block(device, header.number % place.count).await?;
+        let Some((mut framed, crc)) = decode_block(block, header)? else { break };
+        while !framed.is_empty() {
+            let (record, rest) = split_framed(framed)?;
+            records.push(decode_framed(record, superblock.blocks)?);
+            header.first_seq = header.first_seq.next();
+            framed = rest;
+        }
+        header.number += 1;
+        header.chain = crc;
+    }
+    Ok(ReadJournal {
+        records,
+        next_seq: header.first_seq,
+        tail: Tail {
+            place,
+            next: header.number,
+            chain: header.chain,
+            oldest: superblock.journal_block,
+        },
+    })
+}
+
+/// Drops the records at the end that belong to a change whose last record is missing.
+pub(crate) fn drop_cut_change(records: &mut Vec<Framed>) {
+    while records.last().is_some_and(|last| last.continues) {
+        records.pop();
+    }
+}
+
+/// Reads the journal in runs, not block by block.
+struct Window {
+    place: Extent,
+    buffer: BlockBuf,
+    loaded: Option<std::ops::Range<u64>>,
+}
+
+const WINDOW_BLOCKS: u64 = 64;
+
+impl Window {
+    fn new(place: Extent) -> Self {
+        Self {
+            place,
+            buffer: BlockBuf::zeroed(64),
+            loaded: None,
+        }
+    }
+
+    async fn block<D: Device>(&mut self, device: &D, position: u64) -> Result<&[u8; BLOCK_LEN]> {
+        let first = match &self.loaded {
+            Some(loaded) if loaded.contains(&position) => loaded.start,
+            _ => {
+                let count = WINDOW_BLOCKS.min(self.place.count - position);
+                let bytes = usize::try_from(count).unwrap_or(0) * BLOCK_LEN;
+                let at = self.place.start.plus(position);
+                device.read(at.offset(), &mut self.buffer[..bytes]).await?;
+                self.loaded = Some(position..position + count);
+                position
+            }
+        };
+        let index = usize::try_from(position - first).unwrap_or(0);
+        let (blocks, _) = self.buffer.as_chunks();
+        Ok(&blocks[index])
+    }
+}

@@ -1,0 +1,228 @@
+//! The shared ring: redo records that no commit has covered yet, in memory that outlives the process.
+//!
+//! It is a mapped file on a tmpfs. An append costs a copy; a killed process leaves the ring as it was after its last
+//! whole append, and a power cut takes it away, as it takes a volatile cache. It belongs to one boot, one pool and one
+//! opening of that pool; anything else in the file is stale and ignored.
+
+#![expect(unsafe_code, reason = "mapping a file is unsafe: others could change it under us")]
+
+use crate::error::{Error, Result};
+use crate::format::bytes::{Reader, Writer};
+use crate::units::{PoolId, Seq};
+use memmap2::MmapMut;
+use std::collections::VecDeque;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+const MAGIC: [u8; 8] = *b"BFring1\0";
+const HEADER_BYTES: usize = 4096;
+const DATA_BYTES: usize = 16 << 20;
+/// Before a record: its CRC, its length, its number.
+const FRAME_BYTES: usize = 16;
+const START_AT: std::ops::Range<usize> = 64..72;
+
+/// Which opening of which pool a ring belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RingOwner {
+    pub(crate) pool: PoolId,
+    pub(crate) boot_id: [u8; 16],
+    pub(crate) session: u64,
+}
+
+/// A ring open for appending.
+pub(crate) struct Ring {
+    map: MmapMut,
+    /// Bytes ever appended and ever trimmed; their difference is what the ring holds.
+    appended: u64,
+    trimmed: u64,
+    /// The number of each record held, and where the record after it begins.
+    ends: VecDeque<(Seq, u64)>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ring({} bytes)", self.appended - self.trimmed)
+    }
+}
+
+fn crc_of(seq: Seq, record: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&seq.0.to_le_bytes());
+    hasher.update(record);
+    hasher.finalize()
+}
+
+fn header_of(owner: RingOwner) -> [u8; 64] {
+    let mut header = [0; 64];
+    let mut writer = Writer::new(&mut header);
+    writer.bytes(&MAGIC);
+    writer.bytes(&owner.pool.0);
+    writer.bytes(&owner.boot_id);
+    writer.u64(owner.session);
+    header
+}
+
+impl Ring {
+    /// Makes an empty ring at `path` in place of whatever is there. The old one stays until the new one is whole.
+    pub(crate) fn create(path: &Path, owner: RingOwner) -> Result<Self> {
+        let failed = |e| Error::io(e, format!("{}: the shared ring cannot be made", path.display()));
+        let fresh = path.with_extension("ring.new");
+        match std::fs::remove_file(&fresh) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+            _ => {}
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&fresh)
+            .map_err(failed)?;
+        // All of it is allocated now: a store to a page that a full tmpfs cannot give would kill the process.
+        allocate(&file, HEADER_BYTES + DATA_BYTES).map_err(failed)?;
+        // SAFETY: the file is new, ours alone by its mode and by the pool's lock, and never truncated.
+        let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(failed)?;
+        map[..64].copy_from_slice(&header_of(owner));
+        std::fs::rename(&fresh, path).map_err(failed)?;
+        Ok(Self {
+            map,
+            appended: 0,
+            trimmed: 0,
+            ends: VecDeque::new(),
+        })
+    }
+
+    /// The records that a ring of `owner` holds at `path`, numbers ascending by one; none if it belongs to another.
+    pub(crate) fn recover(path: &Path, owner: RingOwner) -> Result<Option<Vec<(Seq, Vec<u8>)>>> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(e, format!("{}: the shared ring cannot be read", path.display()))),
+        };
+        if bytes.len() != HEADER_BYTES + DATA_BYTES || bytes[..48] != header_of(owner)[..48] {
+            return Ok(None);
+        }
+        let mut at = Reader::new(&bytes[START_AT]).u64()?;
+        let data = &bytes[HEADER_BYTES..];
+        let mut records: Vec<(Seq, Vec<u8>)> = Vec::new();
+        let mut taken = 0;
+        while taken + FRAME_BYTES < DATA_BYTES {
+            let frame = copy_out(data, at, FRAME_BYTES);
+            let mut reader = Reader::new(&frame);
+            let (crc, length, seq) = (reader.u32()?, reader.u32()?, Seq(reader.u64()?));
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            if length == 0 || length > DATA_BYTES - taken - FRAME_BYTES {
+                break;
+            }
+            let record = copy_out(data, at + FRAME_BYTES as u64, length);
+            let is_next = records.last().is_none_or(|(last, _)| seq == last.next());
+            if crc != crc_of(seq, &record) || !is_next {
+                break;
+            }
+            records.push((seq, record));
+            taken += FRAME_BYTES + length;
+            at += (FRAME_BYTES + length) as u64;
+        }
+        Ok(Some(records))
+    }
+
+    /// Appends a framed record. [`Ring::is_nearly_full`] made callers wait before it could overflow.
+    pub(crate) fn append(&mut self, seq: Seq, record: &[u8]) {
+        let mut frame = [0; FRAME_BYTES];
+        let mut writer = Writer::new(&mut frame);
+        writer.u32(crc_of(seq, record));
+        writer.u32(u32::try_from(record.len()).unwrap_or(u32::MAX));
+        writer.u64(seq.0);
+        let end = self.appended + (FRAME_BYTES + record.len()) as u64;
+        assert!(end - self.trimmed <= DATA_BYTES as u64, "the shared ring overflowed");
+        let data = &mut self.map[HEADER_BYTES..];
+        // A record counts only with its CRC, so the order of these stores does not matter to who reads them back.
+        copy_in(data, self.appended, &frame);
+        copy_in(data, self.appended + FRAME_BYTES as u64, record);
+        self.appended = end;
+        self.ends.push_back((seq, end));
+    }
+
+    /// Forgets the records before `end`: they are durable.
+    pub(crate) fn trim(&mut self, end: Seq) {
+        while let Some(&(seq, after)) = self.ends.front() {
+            if seq >= end {
+                break;
+            }
+            self.trimmed = after;
+            self.ends.pop_front();
+        }
+        self.map[START_AT].copy_from_slice(&self.trimmed.to_le_bytes());
+    }
+
+    /// Whether less than half is free: writers wait for a commit.
+    pub(crate) fn is_nearly_full(&self) -> bool {
+        self.appended - self.trimmed > DATA_BYTES as u64 / 2
+    }
+}
+
+fn allocate(file: &std::fs::File, bytes: usize) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let bytes = bytes.try_into().unwrap_or(libc::off_t::MAX);
+    // SAFETY: posix_fallocate takes integers; the descriptor is open.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes) } {
+        0 => Ok(()),
+        errno => Err(std::io::Error::from_raw_os_error(errno)),
+    }
+}
+
+fn position(at: u64) -> usize {
+    usize::try_from(at % DATA_BYTES as u64).unwrap_or(0)
+}
+
+fn copy_in(data: &mut [u8], at: u64, bytes: &[u8]) {
+    let start = position(at);
+    let (now, wrapped) = bytes.split_at(bytes.len().min(DATA_BYTES - start));
+    data[start..start + now.len()].copy_from_slice(now);
+    data[..wrapped.len()].copy_from_slice(wrapped);
+}
+
+fn copy_out(data: &[u8], at: u64, count: usize) -> Vec<u8> {
+    let start = position(at);
+    let now = count.min(DATA_BYTES - start);
+    let mut bytes = data[start..start + now].to_vec();
+    bytes.extend_from_slice(&data[..count - now]);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(session: u64) -> RingOwner {
+        RingOwner {
+            pool: PoolId([1; 16]),
+            boot_id: [2; 16],
+            session,
+        }
+    }
+
+    #[test]
+    fn records_survive_their_writer_and_trimmed_ones_do_not() {
+        let path = std::env::temp_dir().join(format!("blockfork-ring-{}", std::process::id()));
+        let mut ring = Ring::create(&path, owner(1)).unwrap();
+        // Several times around, with lengths that do not divide the ring.
+        let record = [7; 1001];
+        for seq in 1..100_000 {
+            ring.append(Seq(seq), &record);
+            if ring.is_nearly_full() {
+                ring.trim(Seq(seq - 5));
+            }
+        }
+        ring.trim(Seq(99_990));
+        drop(ring);
+        let found = Ring::recover(&path, owner(1)).unwrap().unwrap();
+        let seqs: Vec<u64> = found.iter().map(|(seq, _)| seq.0).collect();
+        assert_eq!(seqs, (99_990..100_000).collect::<Vec<_>>());
+        assert!(found.iter().all(|(_, bytes)| bytes == &record));
+        assert!(Ring::recover(&path, owner(2)).unwrap().is_none());
+        std::fs::remove_file(&path).unwrap();
+        assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+    }
+}

@@ -1,0 +1,147 @@
+//! Looking up: what a read finds, and what a write may do.
+
+use super::{MapStore, child_index, leaf_index, level_matches, span_end};
+use crate::error::{Error, Result};
+use crate::format::catalog::Root;
+use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
+use crate::format::page::PagePtr;
+use crate::space::{Fault, SpaceMap};
+use crate::units::{Extent, Lba, Pba};
+
+/// What a run of logical blocks reads as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Resolved {
+    /// So many blocks of zeros.
+    Hole(u64),
+    /// A run of the pool's blocks.
+    Mapped(Extent),
+}
+
+/// What a write to a run of logical blocks may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    /// Nothing is mapped: allocate.
+    Hole(u64),
+    /// Nobody else has these blocks: write in place.
+    Exclusive(Extent),
+    /// Somebody else has at least the first of so many blocks: redirect.
+    Shared(u64),
+}
+
+impl MapStore {
+    /// The leaf for `lba` and whether every page on the way has one owner; none for a hole, with its end.
+    fn leaf(
+        &self,
+        root: Root,
+        lba: Lba,
+        mut see_count: impl FnMut(PagePtr) -> Result<(), Fault>,
+    ) -> Result<Result<&[Pba; LEAF_ENTRIES], Lba>, Fault> {
+        level_matches(root.level)?;
+        let mut level = root.level;
+        if lba.0 >= span_blocks(level) {
+            return Ok(Err(Lba(u64::MAX)));
+        }
+        let mut ptr = match root.ptr {
+            Some(ptr) => ptr,
+            None => return Ok(Err(span_end(level, lba))),
+        };
+        loop {
+            see_count(ptr)?;
+            match &*self.page(ptr, level)?.node {
+                Node::Leaf(entries) => return Ok(Ok(entries)),
+                Node::Inner(children) => {
+                    let child = children[child_index(level, lba)];
+                    level -= 1;
+                    match child {
+                        Some(child) => ptr = child,
+                        None => return Ok(Err(span_end(level, lba))),
+                    }
+                }
+            }
+        }
+    }
+
+    /// What up to `max` blocks from `lba` read as.
+    pub(crate) fn resolve(&self, root: Root, lba: Lba, max: u64) -> Result<Resolved, Fault> {
+        let entries = match self.leaf(root, lba, |_| Ok(()))? {
+            Err(end) => return Ok(Resolved::Hole((end.0 - lba.0).min(max))),
+            Ok(entries) => &entries[leaf_index(lba)..],
+        };
+        let first = entries[0];
+        let expected = |index: u64| if first.0 == 0 { Pba(0) } else { first.plus(index) };
+        let run = (0..max).zip(entries).take_while(|&(index, entry)| *entry == expected(index)).count() as u64;
+        Ok(match first {
+            Pba(0) => Resolved::Hole(run),
+            start => Resolved::Mapped(Extent::new(start, run)),
+        })
+    }
+
+    /// What a write to up to `max` blocks from `lba` may do.
+    pub(crate) fn lookup(&self, space: &SpaceMap, root: Root, lba: Lba, max: u64) -> Result<Mapping, Fault> {
+        let mut path_is_shared = false;
+        let leaf = self.leaf(root, lba, |ptr| {
+            path_is_shared |= !path_is_shared && space.referenced(ptr.pba)? > 1;
+            Ok(())
+        })?;
+        let entries = match leaf {
+            Err(end) => return Ok(Mapping::Hole((end.0 - lba.0).min(max))),
+            Ok(entries) => &entries[leaf_index(lba)..],
+        };
+        let kind = |entry: Pba| -> Result<Kind, Fault> {
+            Ok(if entry.0 == 0 {
+                Kind::Hole
+            } else if path_is_shared || space.referenced(entry)? > 1 || !space.is_settled(entry) {
+                Kind::Shared
+            } else {
+                Kind::Exclusive
+            })
+        };
+        let first = entries[0];
+        let first_kind = kind(first)?;
+        let mut run = 1;
+        for (index, entry) in (1..max).zip(&entries[1..]) {
+            let goes_on = kind(*entry)? == first_kind && (first_kind != Kind::Exclusive || *entry == first.plus(index));
+            if !goes_on {
+                break;
+            }
+            run += 1;
+        }
+        Ok(match first_kind {
+            Kind::Hole => Mapping::Hole(run),
+            Kind::Shared => Mapping::Shared(run),
+            Kind::Exclusive => Mapping::Exclusive(Extent::new(first, run)),
+        })
+    }
+
+    /// Logical blocks that a map holds.
+    pub(crate) fn mapped(&self, root: Root) -> Result<u64, Fault> {
+        root.ptr.map_or(Ok(0), |ptr| Ok(self.page(ptr, root.level)?.mapped))
+    }
+
+    /// The page of `level` that spans `lba`, if there is one.
+    pub(crate) fn page_at(&self, root: Root, lba: Lba, level: u8) -> Result<Option<PagePtr>, Fault> {
+        if level > root.level {
+            return Err(Error::corrupt("a page above its root was asked for").into());
+        }
+        if lba.0 >= span_blocks(root.level) {
+            return Ok(None);
+        }
+        let mut at = root.level;
+        let mut found = root.ptr;
+        while at > level {
+            let Some(ptr) = found else { return Ok(None) };
+            if let Node::Inner(children) = &*self.page(ptr, at)?.node {
+                found = children[child_index(at, lba)];
+            }
+            at -= 1;
+        }
+        Ok(found)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Hole,
+    Shared,
+    Exclusive,
+}

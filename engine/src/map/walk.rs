@@ -1,0 +1,162 @@
+//! Walking maps in steps, each from the root down to where the last one ended, so that no pointer is held between
+//! steps: differences between two maps, blocks that only one map has, and the return of a removed map's space.
+
+use super::{MapStore, leaf_index, level_matches, span_end};
+use crate::error::Result;
+use crate::format::catalog::Root;
+use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
+use crate::format::page::PagePtr;
+use crate::space::{Fault, SpaceMap};
+use crate::units::{Lba, Pba};
+
+/// What one step of a diff found.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Difference {
+    /// Where the next step begins.
+    pub(crate) next: Lba,
+    /// Blocks that differ, in order, and whether the newer side maps them.
+    pub(crate) blocks: Vec<(Lba, bool)>,
+}
+
+/// How far one step of a reclaim came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReclaimStep {
+    /// Where the next step begins; none when all is returned.
+    pub(crate) next: Option<Lba>,
+    /// References dropped.
+    pub(crate) released: u64,
+}
+
+impl MapStore {
+    /// Where `newer` differs from `older` in the leaf at `from`, or how far neither can.
+    pub(crate) fn diff(&self, older: Root, newer: Root, from: Lba) -> Result<Difference, Fault> {
+        level_matches(older.level)?;
+        level_matches(newer.level)?;
+        let nothing = |next| Ok(Difference { next, blocks: Vec::new() });
+        let at = |root: Root, level: u8| -> Result<Option<PagePtr>, Fault> {
+            // A page that would stand above a smaller map's root: it has no address of its own to compare.
+            if level > root.level { Ok(root.ptr.filter(|_| from.0 < span_blocks(root.level))) } else { self.page_at(root, from, level) }
+        };
+        for level in (0..=older.level.max(newer.level)).rev() {
+            let comparable = level <= older.level && level <= newer.level;
+            let (a, b) = (at(older, level)?, at(newer, level)?);
+            if (a.is_none() && b.is_none()) || (comparable && a == b) {
+                return nothing(span_end(level, from));
+            }
+        }
+        let empty = [Pba(0); LEAF_ENTRIES];
+        let (a, b) = (self.leaf_entries(older, from)?, self.leaf_entries(newer, from)?);
+        let (a, b) = (a.unwrap_or(&empty), b.unwrap_or(&empty));
+        let blocks = (from.0..span_end(0, from).0)
+            .map(Lba)
+            .filter(|lba| a[leaf_index(*lba)] != b[leaf_index(*lba)])
+            .map(|lba| (lba, b[leaf_index(lba)].0 != 0))
+            .collect();
+        Ok(Difference {
+            next: span_end(0, from),
+            blocks,
+        })
+    }
+
+    fn leaf_entries(&self, root: Root, lba: Lba) -> Result<Option<&[Pba; LEAF_ENTRIES]>, Fault> {
+        let Some(ptr) = self.page_at(root, lba, 0)? else {
+            return Ok(None);
+        };
+        match &*self.page(ptr, 0)?.node {
+            Node::Leaf(entries) => Ok(Some(entries)),
+            Node::Inner(_) => Ok(None),
+        }
+    }
+
+    /// The blocks at and after `from` that only this map owns, map pages included, of one leaf or of nothing up to
+    /// the returned place. An inner page is counted with the first leaf below it.
+    pub(crate) fn unique(&self, space: &SpaceMap, root: Root, from: Lba) -> Result<(Lba, u64), Fault> {
+        level_matches(root.level)?;
+        let mut level = root.level;
+        let mut unique = 0;
+        let mut next = root.ptr.filter(|_| from.0 < span_blocks(level));
+        if next.is_none() {
+            return Ok((Lba(u64::MAX), 0));
+        }
+        loop {
+            let Some(ptr) = next else {
+                return Ok((span_end(level, from), unique));
+            };
+            if space.referenced(ptr.pba)? > 1 {
+                return Ok((span_end(level, from), unique));
+            }
+            if from.0 % span_blocks(level) == 0 {
+                unique += 1;
+            }
+            match &*self.page(ptr, level)?.node {
+                Node::Leaf(entries) => {
+                    for entry in entries.iter().filter(|entry| entry.0 != 0) {
+                        unique += u64::from(space.referenced(*entry)? == 1);
+                    }
+                    return Ok((span_end(0, from), unique));
+                }
+                Node::Inner(children) => next = children[super::child_index(level, from)],
+            }
+            level -= 1;
+        }
+    }
+
+    /// Returns the space of a removed map at `from`: a leaf's blocks, or one reference to a page that others own too.
+    /// Pages that end here go with it.
+    pub(crate) fn reclaim(&mut self, root: Root, from: Lba, space: &mut SpaceMap) -> Result<ReclaimStep, Fault> {
+        level_matches(root.level)?;
+        let Some(top) = root.ptr else {
+            return Ok(ReclaimStep { next: None, released: 0 });
+        };
+        // The way down, until a page that others own, a hole or a leaf.
+        let mut path = vec![(top, root.level)];
+        let mut released = 1;
+        let mut entries = None;
+        let end = loop {
+            let Some(&(ptr, level)) = path.last() else {
+                return Ok(ReclaimStep { next: None, released: 0 });
+            };
+            if space.referenced(ptr.pba)? > 1 {
+                break span_end(level, from);
+            }
+            match &*self.page(ptr, level)?.node {
+                Node::Leaf(leaf) => {
+                    for entry in leaf.iter().filter(|entry| entry.0 != 0) {
+                        space.referenced(*entry)?;
+                    }
+                    entries = Some(leaf.clone());
+                    break span_end(0, from);
+                }
+                Node::Inner(children) => {
+                    let rest = &children[super::child_index(level, from)..];
+                    match rest.iter().position(Option::is_some) {
+                        Some(0) => path.push((rest[0].unwrap_or(ptr), level - 1)),
+                        position => {
+                            let skip = position.unwrap_or(rest.len()) as u64;
+                            let span = span_blocks(level - 1);
+                            released = 0;
+                            break Lba((from.0 / span + skip) * span);
+                        }
+                    }
+                }
+            }
+        };
+        // From here on nothing can be missing.
+        for entry in entries.iter().flat_map(|leaf| leaf.iter()).filter(|entry| entry.0 != 0) {
+            space.release(*entry, None);
+            released += 1;
+        }
+        let lowest = path.len() - 1;
+        for (index, (ptr, level)) in path.into_iter().enumerate().rev() {
+            let is_shared_or_leaf = index == lowest && released > 0;
+            if is_shared_or_leaf || span_end(level, from) <= end {
+                self.release_page(ptr, space);
+            }
+        }
+        let is_done = end.0 >= span_blocks(root.level);
+        Ok(ReclaimStep {
+            next: (!is_done).then_some(end),
+            released,
+        })
+    }
+}

@@ -1,0 +1,274 @@
+//! The volumes, snapshots and removed trees of a pool, in memory; which catalog page each stands in, and which of
+//! those pages changed.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::{CatalogEntry, Role, SLOTS_PER_PAGE};
+use crate::limits::VOLUMES_MAX;
+use crate::name::{Name, VolumePath};
+use crate::units::{Pba, Seq, VolumeId};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A volume, a snapshot or a removed tree.
+#[derive(Clone, Debug)]
+pub(crate) struct Volume {
+    pub(crate) entry: CatalogEntry,
+    slot: usize,
+    /// Where its next newly allocated block is looked for first.
+    pub(crate) goal: Pba,
+    /// For a removed tree: nothing of it is returned before this record is durable.
+    pub(crate) removed_at: Seq,
+}
+
+/// All volumes, snapshots and removed trees.
+#[derive(Debug, Default)]
+pub(crate) struct Catalog {
+    volumes: FxHashMap<VolumeId, Volume>,
+    by_name: BTreeMap<Name, VolumeId>,
+    /// By volume, then by name.
+    snapshots: BTreeMap<(VolumeId, Name), VolumeId>,
+    reclaiming: BTreeSet<VolumeId>,
+    slots: Vec<Option<VolumeId>>,
+    free_slots: BTreeSet<usize>,
+    dirty_pages: BTreeSet<usize>,
+    next_id: u64,
+}
+
+impl Catalog {
+    pub(crate) fn new(next_id: u64) -> Self {
+        Self {
+            next_id: next_id.max(1),
+            ..Self::default()
+        }
+    }
+
+    /// The number for the next volume or snapshot.
+    pub(crate) fn next_id(&self) -> VolumeId {
+        VolumeId(self.next_id)
+    }
+
+    /// How many slots there are, occupied or not.
+    pub(crate) fn slot_count(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(crate) fn get(&self, id: VolumeId) -> Result<&Volume> {
+        self.volumes.get(&id).ok_or_else(|| no_such(id))
+    }
+
+    /// The volume, its slot marked as changed.
+    pub(crate) fn get_mut(&mut self, id: VolumeId) -> Result<&mut Volume> {
+        let volume = self.volumes.get_mut(&id).ok_or_else(|| no_such(id))?;
+        self.dirty_pages.insert(volume.slot / SLOTS_PER_PAGE);
+        Ok(volume)
+    }
+
+    /// The volume, for what is not on disk.
+    pub(crate) fn get_unsaved(&mut self, id: VolumeId) -> Option<&mut Volume> {
+        self.volumes.get_mut(&id)
+    }
+
+    /// The volume or snapshot that `path` names.
+    pub(crate) fn find(&self, path: &VolumePath) -> Result<&Volume> {
+        let missing = |what: &str| Error::with(ErrorKind::NotFound, format!("{path}: no such {what}"));
+        let volume = self.by_name.get(&path.volume).ok_or_else(|| missing("volume"))?;
+        let id = match &path.snapshot {
+            None => volume,
+            Some(name) => self
+                .snapshots
+                .get(&(*volume, name.clone()))
+                .ok_or_else(|| missing("snapshot"))?,
+        };
+        self.get(*id)
+    }
+
+    /// What names a volume or snapshot; none for a removed tree.
+    pub(crate) fn path(&self, id: VolumeId) -> Option<VolumePath> {
+        match &self.volumes.get(&id)?.entry.role {
+            Role::Volume { name, .. } => Some(VolumePath {
+                volume: name.clone(),
+                snapshot: None,
+            }),
+            Role::Snapshot { name, volume } => match &self.volumes.get(volume)?.entry.role {
+                Role::Volume { name: of, .. } => Some(VolumePath {
+                    volume: of.clone(),
+                    snapshot: Some(name.clone()),
+                }),
+                Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
+            },
+            Role::Reclaiming { .. } => None,
+        }
+    }
+
+    /// Volumes by name.
+    pub(crate) fn volume_ids(&self) -> impl Iterator<Item = VolumeId> {
+        self.by_name.values().copied()
+    }
+
+    /// A volume's snapshots, oldest first.
+    pub(crate) fn snapshot_ids(&self, volume: VolumeId) -> Vec<VolumeId> {
+        let mut ids: Vec<VolumeId> = self
+            .snapshots
+            .range((volume, Name::first())..)
+            .take_while(|((of, _), _)| *of == volume)
+            .map(|(_, id)| *id)
+            .collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Removed trees whose space is not all returned.
+    pub(crate) fn reclaiming(&self) -> &BTreeSet<VolumeId> {
+        &self.reclaiming
+    }
+
+    pub(crate) fn volume_count(&self) -> usize {
+        self.by_name.len()
+    }
+
+    pub(crate) fn snapshot_count(&self) -> usize {
+        self.snapshots.len()
+    }
+
+    /// Whether something with this role could be added or take this name.
+    pub(crate) fn check_name(&self, role: &Role) -> Result<()> {
+        let taken = match role {
+            Role::Volume { name, .. } => self.by_name.contains_key(name).then(|| name.to_string()),
+            Role::Snapshot { name, volume } => {
+                let owner = self.path(*volume).map_or_else(String::new, |path| path.to_string());
+                let taken = self.snapshots.contains_key(&(*volume, name.clone()));
+                taken.then(|| format!("{owner}@{name}"))
+            }
+            Role::Reclaiming { .. } => None,
+        };
+        match taken {
+            Some(name) => Err(Error::with(ErrorKind::AlreadyExists, format!("{name}: exists already"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether there is room for another entry.
+    pub(crate) fn check_room(&self) -> Result<()> {
+        if self.volumes.len() >= VOLUMES_MAX {
+            let message = format!("the pool has {VOLUMES_MAX} volumes and snapshots, which is the most; remove some");
+            return Err(Error::with(ErrorKind::Invalid, message));
+        }
+        Ok(())
+    }
+
+    /// Adds an entry in a free slot.
+    pub(crate) fn insert(&mut self, entry: CatalogEntry, removed_at: Seq) {
+        let slot = self.free_slots.pop_first().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.dirty_pages.insert(slot / SLOTS_PER_PAGE);
+        self.place(entry, slot, removed_at);
+    }
+
+    /// Adds what a catalog page holds in a slot; slots come in ascending order, without gaps.
+    pub(crate) fn insert_loaded(&mut self, entry: Option<CatalogEntry>) -> Result<()> {
+        let slot = self.slots.len();
+        self.slots.push(None);
+        let Some(entry) = entry else {
+            self.free_slots.insert(slot);
+            return Ok(());
+        };
+        let is_double = self.volumes.contains_key(&entry.id) || self.check_name(&entry.role).is_err();
+        if is_double || entry.id.0 >= self.next_id {
+            return Err(Error::corrupt(format!("catalog: number {} stands twice or is too high", entry.id.0)));
+        }
+        self.place(entry, slot, Seq(0));
+        Ok(())
+    }
+
+    fn place(&mut self, entry: CatalogEntry, slot: usize, removed_at: Seq) {
+        let id = entry.id;
+        self.slots[slot] = Some(id);
+        self.next_id = self.next_id.max(id.0 + 1);
+        match &entry.role {
+            Role::Volume { name, .. } => {
+                self.by_name.insert(name.clone(), id);
+            }
+            Role::Snapshot { name, volume } => {
+                self.snapshots.insert((*volume, name.clone()), id);
+            }
+            Role::Reclaiming { .. } => {
+                self.reclaiming.insert(id);
+            }
+        }
+        let volume = Volume {
+            entry,
+            slot,
+            goal: Pba(0),
+            removed_at,
+        };
+        self.volumes.insert(id, volume);
+    }
+
+    fn unname(&mut self, id: VolumeId) {
+        match self.volumes.get(&id).map(|volume| &volume.entry.role) {
+            Some(Role::Volume { name, .. }) => {
+                self.by_name.remove(name);
+            }
+            Some(Role::Snapshot { name, volume }) => {
+                self.snapshots.remove(&(*volume, name.clone()));
+            }
+            Some(Role::Reclaiming { .. }) => {
+                self.reclaiming.remove(&id);
+            }
+            None => {}
+        }
+    }
+
+    /// Gives an entry another role: another name, or being reclaimed.
+    pub(crate) fn set_role(&mut self, id: VolumeId, role: Role, removed_at: Seq) {
+        self.unname(id);
+        if let Some(mut volume) = self.volumes.remove(&id) {
+            self.dirty_pages.insert(volume.slot / SLOTS_PER_PAGE);
+            volume.entry.role = role;
+            let slot = volume.slot;
+            self.place(volume.entry, slot, removed_at);
+        }
+    }
+
+    /// Removes an entry whose space is all returned.
+    pub(crate) fn remove(&mut self, id: VolumeId) {
+        self.unname(id);
+        if let Some(volume) = self.volumes.remove(&id) {
+            self.slots[volume.slot] = None;
+            self.free_slots.insert(volume.slot);
+            self.dirty_pages.insert(volume.slot / SLOTS_PER_PAGE);
+        }
+    }
+
+    /// Catalog pages that changed since they were last taken.
+    pub(crate) fn dirty_pages(&self) -> &BTreeSet<usize> {
+        &self.dirty_pages
+    }
+
+    /// The same, taken.
+    pub(crate) fn take_dirty_pages(&mut self) -> BTreeSet<usize> {
+        std::mem::take(&mut self.dirty_pages)
+    }
+
+    /// The slots of a catalog page.
+    pub(crate) fn page_slots(&self, page: usize) -> impl Iterator<Item = Option<&CatalogEntry>> {
+        let first = page * SLOTS_PER_PAGE;
+        (first..first + SLOTS_PER_PAGE).map(|slot| {
+            let id = self.slots.get(slot).copied().flatten()?;
+            self.volumes.get(&id).map(|volume| &volume.entry)
+        })
+    }
+
+    /// All entries, by number.
+    pub(crate) fn entries(&self) -> Vec<&CatalogEntry> {
+        let mut entries: Vec<&CatalogEntry> = self.volumes.values().map(|volume| &volume.entry).collect();
+        entries.sort_by_key(|entry| entry.id);
+        entries
+    }
+}
+
+fn no_such(id: VolumeId) -> Error {
+    Error::with(ErrorKind::NotFound, format!("volume number {}: no such volume", id.0))
+}

@@ -1,0 +1,339 @@
+//! All metadata of an open pool: space, maps and catalog, and the one way to change them: a record is *prepared*,
+//! which may find something missing and changes nothing, then *applied*, which cannot fail. Live changes and replay
+//! go the same way.
+
+mod catalog;
+
+pub(crate) use catalog::Catalog;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::{CatalogEntry, Role, Root};
+use crate::format::map_page::level_for;
+use crate::format::page::PagePtr;
+use crate::format::record::Record;
+use crate::map::{MapStore, ReclaimStep, UnmapStep};
+use crate::space::{Fault, SpaceMap};
+use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, VolumeId};
+
+/// Where the catalog's pages stand: the pages themselves, then each index level above them.
+pub(crate) type CatalogPlaces = Vec<Vec<Option<PagePtr>>>;
+
+/// The metadata of an open pool.
+#[derive(Debug)]
+pub(crate) struct Metadata {
+    pub(crate) id: PoolId,
+    pub(crate) space: SpaceMap,
+    pub(crate) map: MapStore,
+    pub(crate) catalog: Catalog,
+    pub(crate) catalog_places: CatalogPlaces,
+}
+
+/// What preparing a record found, for applying it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Prepared {
+    /// All of it can be applied.
+    Whole,
+    /// An unmap goes step by step; this is its next one.
+    Unmap(UnmapStep),
+}
+
+/// Blocks of a volume of so many bytes; a last partial block counts.
+pub(crate) fn blocks_of(bytes: u64) -> u64 {
+    bytes.div_ceil(BLOCK_BYTES)
+}
+
+impl Metadata {
+    /// Looks at all that `record` touches; nothing is changed but what is set aside for pages.
+    pub(crate) fn prepare(&mut self, record: &Record) -> Result<Prepared, Fault> {
+        match record {
+            Record::Map { volume, lba, count, .. } => {
+                let entry = self.writable(*volume)?;
+                in_range(&entry, *lba, *count)?;
+                self.map.prepare_remap(entry.root, *lba, *count, &mut self.space)?;
+            }
+            Record::Unmap { volume, lba, count } => {
+                let entry = self.writable(*volume)?;
+                in_range(&entry, *lba, *count)?;
+                let step = self.map.prepare_unmap(entry.root, *lba, lba.plus(*count), &mut self.space)?;
+                return Ok(Prepared::Unmap(step));
+            }
+            Record::Create { id, name, .. } => {
+                let role = Role::Volume {
+                    name: name.clone(),
+                    origin: None,
+                };
+                self.check_new(*id, &role)?;
+            }
+            Record::Snapshot { volume, id, name, .. } => {
+                let role = Role::Snapshot {
+                    name: name.clone(),
+                    volume: *volume,
+                };
+                self.check_new(*id, &role)?;
+                let root = self.writable(*volume)?.root;
+                self.prepare_fork(root)?;
+            }
+            Record::Clone { snapshot, id, name, .. } => {
+                let role = Role::Volume {
+                    name: name.clone(),
+                    origin: Some(*snapshot),
+                };
+                self.check_new(*id, &role)?;
+                let root = self.snapshot(*snapshot)?.root;
+                self.prepare_fork(root)?;
+            }
+            Record::Rollback {
+                volume,
+                snapshot,
+                reclaim,
+            } => {
+                self.check_new(*reclaim, &Role::Reclaiming { cursor: Lba(0) })?;
+                self.writable(*volume)?;
+                let root = self.snapshot(*snapshot)?.root;
+                self.prepare_fork(root)?;
+            }
+            Record::Remove { id } => {
+                if let Role::Reclaiming { .. } = self.catalog.get(*id)?.entry.role {
+                    return Err(Error::corrupt("a removed volume is removed again").into());
+                }
+            }
+            Record::Rename { id, name } => {
+                let role = self.renamed(*id, name)?;
+                self.catalog.check_name(&role)?;
+            }
+            Record::Resize { id, bytes } => {
+                let root = self.writable(*id)?.root;
+                let level = level_for(blocks_of(*bytes));
+                if level > root.level {
+                    self.map.prepare_raise(root, level, &mut self.space)?;
+                }
+            }
+        }
+        Ok(Prepared::Whole)
+    }
+
+    fn writable(&self, id: VolumeId) -> Result<CatalogEntry> {
+        let entry = &self.catalog.get(id)?.entry;
+        match entry.role {
+            Role::Volume { .. } => Ok(entry.clone()),
+            Role::Snapshot { .. } | Role::Reclaiming { .. } => Err(Error::new(ErrorKind::ReadOnly)),
+        }
+    }
+
+    fn snapshot(&self, id: VolumeId) -> Result<&CatalogEntry> {
+        let entry = &self.catalog.get(id)?.entry;
+        match entry.role {
+            Role::Snapshot { .. } => Ok(entry),
+            Role::Volume { .. } | Role::Reclaiming { .. } => {
+                Err(Error::with(ErrorKind::Invalid, format!("number {} is not a snapshot", id.0)))
+            }
+        }
+    }
+
+    fn renamed(&self, id: VolumeId, name: &crate::name::Name) -> Result<Role> {
+        Ok(match &self.catalog.get(id)?.entry.role {
+            Role::Volume { origin, .. } => Role::Volume {
+                name: name.clone(),
+                origin: *origin,
+            },
+            Role::Snapshot { volume, .. } => Role::Snapshot {
+                name: name.clone(),
+                volume: *volume,
+            },
+            Role::Reclaiming { .. } => return Err(Error::corrupt("a removed volume is renamed")),
+        })
+    }
+
+    fn check_new(&self, id: VolumeId, role: &Role) -> Result<()> {
+        if id < self.catalog.next_id() {
+            return Err(Error::corrupt(format!("number {} is given a second time", id.0)));
+        }
+        self.catalog.check_room()?;
+        self.catalog.check_name(role)
+    }
+
+    fn prepare_fork(&self, root: Root) -> Result<(), Fault> {
+        if let Some(ptr) = root.ptr {
+            self.space.referenced(ptr.pba)?;
+        }
+        Ok(())
+    }
+
+    /// Applies a prepared record, whose number is `seq`.
+    pub(crate) fn apply(&mut self, record: &Record, prepared: Prepared, seq: Seq) -> Result<()> {
+        match record {
+            Record::Map { volume, lba, pba, count } => {
+                let volume = self.catalog.get_mut(*volume)?;
+                let root = &mut volume.entry.root;
+                self.map.remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
+                self.count_mapped(volume_id(record))?;
+            }
+            Record::Unmap { volume, .. } => {
+                let Prepared::Unmap(step) = prepared else {
+                    return Ok(());
+                };
+                let volume = self.catalog.get_mut(*volume)?;
+                self.map.unmap(&mut volume.entry.root, step, seq, &mut self.space);
+                self.count_mapped(volume_id(record))?;
+            }
+            Record::Create {
+                id,
+                name,
+                bytes,
+                sector_bytes,
+                redirects_always,
+                created,
+            } => {
+                let entry = CatalogEntry {
+                    id: *id,
+                    role: Role::Volume {
+                        name: name.clone(),
+                        origin: None,
+                    },
+                    root: Root {
+                        ptr: None,
+                        level: level_for(blocks_of(*bytes)),
+                    },
+                    bytes: *bytes,
+                    sector_bytes: *sector_bytes,
+                    redirects_always: *redirects_always,
+                    mapped_blocks: 0,
+                    created: *created,
+                };
+                self.catalog.insert(entry, seq);
+            }
+            Record::Snapshot {
+                volume: from,
+                id,
+                name,
+                created,
+            } => {
+                let role = Role::Snapshot {
+                    name: name.clone(),
+                    volume: *from,
+                };
+                self.fork(*from, *id, role, *created, seq)?;
+            }
+            Record::Clone {
+                snapshot: from,
+                id,
+                name,
+                created,
+            } => {
+                let role = Role::Volume {
+                    name: name.clone(),
+                    origin: Some(*from),
+                };
+                self.fork(*from, *id, role, *created, seq)?;
+            }
+            Record::Rollback {
+                volume,
+                snapshot,
+                reclaim,
+            } => {
+                let to = self.catalog.get(*snapshot)?.entry.clone();
+                let root = MapStore::fork(to.root, &mut self.space);
+                let entry = &mut self.catalog.get_mut(*volume)?.entry;
+                let mut old = entry.clone();
+                entry.root = root;
+                entry.bytes = to.bytes;
+                entry.mapped_blocks = to.mapped_blocks;
+                if let Role::Volume { origin, .. } = &mut entry.role {
+                    *origin = Some(*snapshot);
+                }
+                old.id = *reclaim;
+                old.role = Role::Reclaiming { cursor: Lba(0) };
+                self.catalog.insert(old, seq);
+            }
+            Record::Remove { id } => {
+                self.catalog.set_role(*id, Role::Reclaiming { cursor: Lba(0) }, seq);
+            }
+            Record::Rename { id, name } => {
+                let role = self.renamed(*id, name)?;
+                self.catalog.set_role(*id, role, seq);
+            }
+            Record::Resize { id, bytes } => {
+                let entry = &mut self.catalog.get_mut(*id)?.entry;
+                entry.bytes = *bytes;
+                let level = level_for(blocks_of(*bytes));
+                self.map.raise(&mut entry.root, level, &mut self.space);
+            }
+        }
+        Ok(())
+    }
+
+    fn count_mapped(&mut self, id: VolumeId) -> Result<()> {
+        let volume = self.catalog.get_mut(id)?;
+        if let Ok(mapped) = self.map.mapped(volume.entry.root) {
+            volume.entry.mapped_blocks = mapped;
+        }
+        Ok(())
+    }
+
+    fn fork(&mut self, from: VolumeId, id: VolumeId, role: Role, created: crate::units::Timestamp, seq: Seq) -> Result<()> {
+        let mut entry = self.catalog.get(from)?.entry.clone();
+        entry.id = id;
+        entry.role = role;
+        entry.root = MapStore::fork(entry.root, &mut self.space);
+        entry.created = created;
+        self.catalog.insert(entry, seq);
+        Ok(())
+    }
+
+    /// Applies a record of the journal, all of its steps.
+    pub(crate) fn replay(&mut self, record: &Record, seq: Seq) -> Result<(), Fault> {
+        let Record::Unmap { volume, lba, count } = record else {
+            let prepared = self.prepare(record)?;
+            return Ok(self.apply(record, prepared, seq)?);
+        };
+        // Steps already taken find a hole, so a step that lacks something may be tried again from the start.
+        let (mut at, end) = (*lba, lba.plus(*count));
+        while at < end {
+            let rest = Record::Unmap {
+                volume: *volume,
+                lba: at,
+                count: end.0 - at.0,
+            };
+            let prepared = self.prepare(&rest)?;
+            let Prepared::Unmap(step) = prepared else { break };
+            self.apply(&rest, prepared, seq)?;
+            at = step.end();
+        }
+        Ok(())
+    }
+
+    /// Returns a step's worth of a removed tree's space; true while there is more of it.
+    pub(crate) fn reclaim(&mut self, id: VolumeId) -> Result<ReclaimStep, Fault> {
+        let entry = &self.catalog.get(id)?.entry;
+        let Role::Reclaiming { cursor } = entry.role else {
+            return Err(Error::with(ErrorKind::Busy, "a volume that was not removed is reclaimed").into());
+        };
+        let step = self.map.reclaim(entry.root, cursor, &mut self.space)?;
+        match step.next {
+            None => self.catalog.remove(id),
+            Some(next) => self.catalog.get_mut(id)?.entry.role = Role::Reclaiming { cursor: next },
+        }
+        Ok(step)
+    }
+}
+
+fn volume_id(record: &Record) -> VolumeId {
+    match record {
+        Record::Map { volume, .. }
+        | Record::Unmap { volume, .. }
+        | Record::Snapshot { volume, .. }
+        | Record::Rollback { volume, .. } => *volume,
+        Record::Create { id, .. }
+        | Record::Clone { id, .. }
+        | Record::Remove { id }
+        | Record::Rename { id, .. }
+        | Record::Resize { id, .. } => *id,
+    }
+}
+
+fn in_range(entry: &CatalogEntry, lba: Lba, count: u64) -> Result<()> {
+    if lba.0 + count > blocks_of(entry.bytes) {
+        return Err(Error::with(ErrorKind::Invalid, "a block beyond the volume's end").at_lba(lba));
+    }
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! What a frontend serves: the I/O of one volume or snapshot.
+
+use super::Pool;
+use super::report::{Latency, VolumeStats};
+use crate::datapath::{Counters, Io, RangeLocks};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::Role;
+use crate::name::VolumePath;
+use crate::units::{BLOCK_BYTES, VolumeId};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What the pool keeps of an attached volume.
+#[derive(Debug)]
+pub(super) struct AttachedVolume {
+    pub(super) id: VolumeId,
+    pub(super) bytes: AtomicU64,
+    pub(super) counters: Counters,
+    locks: RangeLocks,
+    sector_bytes: u32,
+    redirects_always: bool,
+    is_read_only: bool,
+}
+
+/// A volume or a snapshot that a frontend serves.
+#[derive(Debug)]
+pub struct Attached {
+    pool: Arc<Pool>,
+    volume: Arc<AttachedVolume>,
+    attached_as: VolumePath,
+}
+
+impl Attached {
+    pub(super) fn new(pool: &Arc<Pool>, path: &VolumePath, read_only: bool) -> Result<Arc<Self>> {
+        let clock = &pool.ledger.clock;
+        let volume = pool.ledger.look(|metadata| {
+            let entry = &metadata.catalog.find(path)?.entry;
+            Ok::<_, Error>(AttachedVolume {
+                id: entry.id,
+                bytes: AtomicU64::new(entry.bytes),
+                counters: Counters::new(&**clock),
+                locks: RangeLocks::default(),
+                sector_bytes: entry.sector_bytes,
+                redirects_always: entry.redirects_always,
+                is_read_only: read_only || matches!(entry.role, Role::Snapshot { .. }),
+            })
+        })?;
+        let volume = Arc::new(volume);
+        let mut attached = pool.attached.lock();
+        if attached.contains_key(&volume.id) {
+            let message = format!("{}/{path}: is attached already", pool.name);
+            return Err(Error::with(ErrorKind::Busy, message));
+        }
+        attached.insert(volume.id, Arc::clone(&volume));
+        Ok(Arc::new(Self {
+            pool: Arc::clone(pool),
+            volume,
+            attached_as: path.clone(),
+        }))
+    }
+
+    /// What is attached. It follows a rename.
+    pub fn path(&self) -> VolumePath {
+        // What is attached is never removed, so it always has a name.
+        self.pool.path_of(self.volume.id).unwrap_or_else(|_| self.attached_as.clone())
+    }
+
+    /// Its number.
+    pub fn id(&self) -> VolumeId {
+        self.volume.id
+    }
+
+    /// Its size in bytes, now.
+    pub fn bytes(&self) -> u64 {
+        self.volume.bytes.load(Ordering::Acquire)
+    }
+
+    /// Its logical sector.
+    pub fn sector_bytes(&self) -> u32 {
+        self.volume.sector_bytes
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.volume.is_read_only
+    }
+
+    /// Gives the volume back to the pool. Idempotent.
+    pub fn detach(&self) {
+        let mut attached = self.pool.attached.lock();
+        if attached.get(&self.volume.id).is_some_and(|held| Arc::ptr_eq(held, &self.volume)) {
+            attached.remove(&self.volume.id);
+        }
+    }
+
+    fn io<'a, D>(&'a self, device: &'a D) -> Io<'a, D> {
+        let volume = &*self.volume;
+        self.pool.io(device, volume.id, volume.redirects_always, &volume.counters)
+    }
+
+    fn check_range(&self, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset.checked_add(bytes);
+        if end.is_none_or(|end| end > self.bytes()) {
+            return Err(Error::with(ErrorKind::Invalid, "a request beyond the volume's end"));
+        }
+        let sector = u64::from(self.volume.sector_bytes);
+        if !offset.is_multiple_of(sector) || !bytes.is_multiple_of(sector) {
+            return Err(Error::with(ErrorKind::Invalid, "a request that does not consist of whole sectors"));
+        }
+        Ok(())
+    }
+
+    fn check_change(&self, offset: u64, bytes: u64) -> Result<()> {
+        if self.volume.is_read_only {
+            return Err(Error::new(ErrorKind::ReadOnly));
+        }
+        self.check_range(offset, bytes)
+    }
+
+    /// On a volume whose sectors are smaller than a block, the whole blocks around a change are locked.
+    async fn lock(&self, offset: u64, bytes: u64) -> Option<crate::datapath::RangeGuard<'_>> {
+        if u64::from(self.volume.sector_bytes) == BLOCK_BYTES {
+            return None;
+        }
+        let range: Range<u64> = offset / BLOCK_BYTES..(offset + bytes).div_ceil(BLOCK_BYTES);
+        Some(self.volume.locks.lock(range).await)
+    }
+
+    /// Fills `buffer` from byte `offset`; both in whole sectors. `buffer` is aligned to a block.
+    pub async fn read<D: Device>(&self, device: &D, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.check_range(offset, buffer.len() as u64)?;
+        let (counters, clock) = (&self.volume.counters.reads, &*self.pool.ledger.clock);
+        let began = counters.begin(buffer.len(), clock);
+        let done = self.io(device).read(offset, buffer).await;
+        counters.end(began, clock);
+        done
+    }
+
+    /// Writes `buffer` at byte `offset`, in whole sectors. Acknowledged, not durable.
+    pub async fn write<D: Device>(&self, device: &D, offset: u64, buffer: &[u8]) -> Result<()> {
+        self.check_change(offset, buffer.len() as u64)?;
+        let (counters, clock) = (&self.volume.counters.writes, &*self.pool.ledger.clock);
+        let began = counters.begin(buffer.len(), clock);
+        let _alone = self.lock(offset, buffer.len() as u64).await;
+        let done = self.io(device).write(offset, buffer).await;
+        counters.end(began, clock);
+        done
+    }
+
+    /// Makes all acknowledged writes durable, on every queue.
+    pub async fn flush<D: Device>(&self, device: &D) -> Result<()> {
+        self.volume.counters.flushes.fetch_add(1, Ordering::Relaxed);
+        if self.pool.is_read_only {
+            return Ok(());
+        }
+        self.pool.flush(device).await
+    }
+
+    /// Unmaps the whole blocks of the range; they read as zeros.
+    pub async fn discard<D: Device>(&self, device: &D, offset: u64, bytes: u64) -> Result<()> {
+        self.check_change(offset, bytes)?;
+        self.volume.counters.discards.fetch_add(1, Ordering::Relaxed);
+        let _alone = self.lock(offset, bytes).await;
+        self.io(device).discard(offset, bytes).await
+    }
+
+    /// Zeroes the range to the byte; `keep_space`: blocks stay allocated (NOUNMAP).
+    pub async fn write_zeroes<D: Device>(&self, device: &D, offset: u64, bytes: u64, keep_space: bool) -> Result<()> {
+        self.check_change(offset, bytes)?;
+        self.volume.counters.discards.fetch_add(1, Ordering::Relaxed);
+        let _alone = self.lock(offset, bytes).await;
+        self.io(device).write_zeroes(offset, bytes, keep_space).await
+    }
+
+    /// Its counters.
+    pub fn stats(&self) -> VolumeStats {
+        self.volume.stats(self.path(), self.pool.ledger.clock.monotonic_ns())
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+impl AttachedVolume {
+    /// The counters, as of `now_ns`.
+    pub(super) fn stats(&self, path: VolumePath, now_ns: u64) -> VolumeStats {
+        let counters = &self.counters;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let latency = |(count, [p50_ns, p99_ns, p999_ns], max_ns): (u64, [u64; 3], u64)| Latency {
+            count,
+            p50_ns,
+            p99_ns,
+            p999_ns,
+            max_ns,
+        };
+        VolumeStats {
+            path,
+            attached_ns: now_ns.saturating_sub(counters.since_ns),
+            reads: load(&counters.reads.requests),
+            read_bytes: load(&counters.reads.bytes),
+            writes: load(&counters.writes.requests),
+            written_bytes: load(&counters.writes.bytes),
+            flushes: load(&counters.flushes),
+            discards: load(&counters.discards),
+            redirected_blocks: load(&counters.redirected_blocks),
+            in_place_blocks: load(&counters.in_place_blocks),
+            read_latency: latency(counters.reads.latency.summary()),
+            write_latency: latency(counters.writes.latency.summary()),
+            snapshot_pause: latency(counters.snapshot_pause.summary()),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What runs in the background: a commit a second, checkpoints, the return of removed volumes' space.
+
+use super::Pool;
+use crate::device::Device;
+use crate::error::Result;
+use crate::limits::MAP_PAGES_MAX;
+use crate::units::VolumeId;
+use event_listener::{Event, listener};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Acknowledged changes become durable at the latest after this, flush or not.
+const COMMIT_NS: u64 = 1_000_000_000;
+/// A checkpoint is written at the latest so long after the one before, if anything changed.
+const CHECKPOINT_NS: u64 = 30_000_000_000;
+/// Leaves that one call of [`Pool::maintain`] returns.
+const RECLAIM_STEPS: u32 = 64;
+
+/// When the background work was last done.
+#[derive(Debug)]
+pub(super) struct Maintenance {
+    committed_ns: AtomicU64,
+    checkpointed_ns: AtomicU64,
+    is_wanted: AtomicBool,
+    wanted: Event,
+    reclaimed: AtomicU64,
+    /// Reclaim changed something that no checkpoint covers yet.
+    has_reclaimed: AtomicBool,
+}
+
+impl Maintenance {
+    pub(super) fn new(now_ns: u64) -> Self {
+        Self {
+            committed_ns: AtomicU64::new(now_ns),
+            checkpointed_ns: AtomicU64::new(now_ns),
+            is_wanted: AtomicBool::new(true),
+            wanted: Event::new(),
+            reclaimed: AtomicU64::new(0),
+            has_reclaimed: AtomicBool::new(false),
+        }
+    }
+
+    /// There is something to do now.
+    pub(super) fn want(&self) {
+        self.is_wanted.store(true, Ordering::SeqCst);
+        self.wanted.notify(usize::MAX);
+    }
+
+    /// Blocks and references returned since the pool was opened.
+    pub(super) fn reclaimed(&self) -> u64 {
+        self.reclaimed.load(Ordering::Relaxed)
+    }
+}
+
+impl Pool {
+    /// One step of what runs in the background (commit, checkpoint, reclaim): true while there is more to do at once.
+    pub async fn maintain<D: Device>(&self, device: &D) -> Result<bool> {
+        self.check_writable()?;
+        let work = &self.maintenance;
+        let now = self.ledger.clock.monotonic_ns();
+        if now.saturating_sub(work.committed_ns.load(Ordering::Relaxed)) >= COMMIT_NS {
+            work.committed_ns.store(now, Ordering::Relaxed);
+            if self.ledger.has_pending() {
+                self.flush(device).await?;
+            }
+        }
+        let has_more = self.reclaim(device).await?;
+        let durable = self.checkpoints.progress().0;
+        if self.ledger.look(|metadata| metadata.map.is_over(MAP_PAGES_MAX)) {
+            self.ledger.adjust(|metadata| metadata.map.evict(durable, MAP_PAGES_MAX));
+        }
+        if self.wants_checkpoint(now, has_more) {
+            work.has_reclaimed.store(false, Ordering::Relaxed);
+            work.checkpointed_ns.store(now, Ordering::Relaxed);
+            self.checkpoint(device).await?;
+        }
+        Ok(has_more)
+    }
+
+    /// Waits until [`Pool::maintain`] is wanted before its usual time (each 100 ms); for the background thread.
+    pub async fn maintenance_wanted(&self) {
+        loop {
+            listener!(self.maintenance.wanted => wanted);
+            if self.maintenance.is_wanted.swap(false, Ordering::SeqCst) {
+                return;
+            }
+            wanted.await;
+        }
+    }
+
+    fn wants_checkpoint(&self, now: u64, reclaim_goes_on: bool) -> bool {
+        let work = &self.maintenance;
+        let is_journal_half_full = self.ledger.journal_usage().is_some_and(|(used, all)| used * 2 > all);
+        let (pending, free, blocks) = self.ledger.look(|metadata| {
+            let space = &metadata.space;
+            (space.pending_blocks(), space.free_for_data(), space.blocks())
+        });
+        let is_space_short = pending > 0 && (pending > blocks / 8 || free < pending);
+        let reclaim_ended = !reclaim_goes_on && work.has_reclaimed.load(Ordering::Relaxed);
+        let is_due = now.saturating_sub(work.checkpointed_ns.load(Ordering::Relaxed)) >= CHECKPOINT_NS
+            && self.ledger.journal_usage().is_some_and(|(used, _)| used > 0);
+        is_journal_half_full || is_space_short || reclaim_ended || is_due
+    }
+
+    /// Returns some of the space of what was removed, once the removal is durable; true while there is more.
+    async fn reclaim<D: Device>(&self, device: &D) -> Result<bool> {
+        for _ in 0..RECLAIM_STEPS {
+            let durable = self.ledger.durable();
+            let next: Option<VolumeId> = self.ledger.look(|metadata| {
+                let catalog = &metadata.catalog;
+                let is_ready = |id: &&VolumeId| catalog.get(**id).is_ok_and(|found| found.removed_at <= durable);
+                catalog.reclaiming().iter().find(is_ready).copied()
+            });
+            let Some(id) = next else {
+                return Ok(false);
+            };
+            let step = self
+                .ledger
+                .change(device, |draft| draft.metadata().reclaim(id))
+                .await?;
+            self.maintenance.reclaimed.fetch_add(step.released, Ordering::Relaxed);
+            self.maintenance.has_reclaimed.store(true, Ordering::Relaxed);
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,177 @@
+//! Snapshots, clones, rollback and diff.
+
+use super::Pool;
+use super::report::{DiffExtent, DiffKind};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::Root;
+use crate::format::record::Record;
+use crate::limits::SNAPSHOT_GROUP_MAX;
+use crate::metadata::blocks_of;
+use crate::name::{Name, VolumePath};
+use crate::units::{BLOCK_BYTES, Lba, VolumeId};
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+impl Pool {
+    /// Takes snapshots of one or several volumes at one point in time; durable on return.
+    ///
+    /// The fork and the opening of a new epoch are one moment: writes after it see every block as shared. Writes in
+    /// place that were under way are awaited before the snapshots are made durable.
+    pub async fn snapshot<D: Device>(&self, device: &D, targets: &[VolumePath]) -> Result<()> {
+        let invalid = |message: String| Err(Error::with(ErrorKind::Invalid, message));
+        if targets.is_empty() || targets.len() > SNAPSHOT_GROUP_MAX {
+            return invalid(format!("a snapshot takes 1 to {SNAPSHOT_GROUP_MAX} targets, not {}", targets.len()));
+        }
+        if let Some(path) = targets.iter().find(|path| path.snapshot.is_none()) {
+            return invalid(format!("{}/{path}: names no snapshot; write {path}@NAME", self.name));
+        }
+        let mut seen = BTreeSet::new();
+        if let Some(path) = targets.iter().find(|path| !seen.insert(*path)) {
+            return invalid(format!("{}/{path}: is named twice", self.name));
+        }
+        let _alone = self.control.lock().await;
+        self.check_writable()?;
+        let created = self.ledger.clock.now();
+        let closing = self.ledger.gate.closing().await;
+        let (volumes, pause_ns) = self
+            .ledger
+            .change(device, |draft| {
+                let began = self.ledger.clock.monotonic_ns();
+                let catalog = &draft.metadata().catalog;
+                let first = catalog.next_id().0;
+                let mut records = Vec::with_capacity(targets.len());
+                let mut volumes: Vec<VolumeId> = Vec::with_capacity(targets.len());
+                for (number, target) in (first..).zip(targets) {
+                    let origin = VolumePath {
+                        volume: target.volume.clone(),
+                        snapshot: None,
+                    };
+                    let volume = catalog.find(&origin)?.entry.id;
+                    volumes.push(volume);
+                    records.extend(target.snapshot.clone().map(|name| Record::Snapshot {
+                        volume,
+                        id: VolumeId(number),
+                        name,
+                        created,
+                    }));
+                }
+                draft.apply_all(&records)?;
+                closing.flip();
+                Ok((volumes, self.ledger.clock.monotonic_ns() - began))
+            })
+            .await?;
+        closing.drained().await;
+        self.flush(device).await?;
+        let attached = self.attached.lock();
+        for volume in volumes {
+            if let Some(volume) = attached.get(&volume) {
+                volume.counters.snapshot_pause.record(pause_ns);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a volume that begins as the snapshot is.
+    pub async fn clone_snapshot<D: Device>(&self, device: &D, snapshot: &VolumePath, volume: &Name) -> Result<VolumeId> {
+        self.require_snapshot(snapshot)?;
+        let _alone = self.control.lock().await;
+        let created = self.ledger.clock.now();
+        self.change(device, |draft| {
+            let catalog = &draft.metadata().catalog;
+            let id = catalog.next_id();
+            let snapshot = catalog.find(snapshot)?.entry.id;
+            draft.apply(&Record::Clone {
+                snapshot,
+                id,
+                name: volume.clone(),
+                created,
+            })?;
+            Ok(id)
+        })
+        .await
+    }
+
+    /// Turns a volume back to one of its snapshots; newer snapshots stay. The caller keeps writers away meanwhile.
+    pub async fn rollback<D: Device>(&self, device: &D, snapshot: &VolumePath) -> Result<()> {
+        self.require_snapshot(snapshot)?;
+        let origin = VolumePath {
+            volume: snapshot.volume.clone(),
+            snapshot: None,
+        };
+        let _alone = self.control.lock().await;
+        self.check_writable()?;
+        let closing = self.ledger.gate.closing().await;
+        let (volume, bytes) = self
+            .ledger
+            .change(device, |draft| {
+                let catalog = &draft.metadata().catalog;
+                let target = &catalog.find(snapshot)?.entry;
+                let (snapshot, bytes) = (target.id, target.bytes);
+                let volume = catalog.find(&origin)?.entry.id;
+                let reclaim = catalog.next_id();
+                draft.apply(&Record::Rollback {
+                    volume,
+                    snapshot,
+                    reclaim,
+                })?;
+                closing.flip();
+                Ok((volume, bytes))
+            })
+            .await?;
+        closing.drained().await;
+        self.flush(device).await?;
+        if let Some(attached) = self.attached.lock().get(&volume) {
+            attached.bytes.store(bytes, Ordering::Release);
+        }
+        self.maintenance.want();
+        Ok(())
+    }
+
+    fn require_snapshot(&self, path: &VolumePath) -> Result<()> {
+        match path.snapshot {
+            Some(_) => Ok(()),
+            None => Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{}/{path}: names no snapshot; write {path}@NAME", self.name),
+            )),
+        }
+    }
+
+    /// Where `to` differs from `from`, in order; adjacent runs of one kind are one.
+    ///
+    /// A live volume is compared as it is found, step by step; a snapshot of it is the way to one point in time.
+    pub async fn diff<D: Device>(&self, device: &D, from: &VolumePath, to: &VolumePath) -> Result<Vec<DiffExtent>> {
+        let (older, newer) = self.ledger.look(|metadata| {
+            let id = |path| metadata.catalog.find(path).map(|found| (found.entry.id, found.entry.bytes));
+            Ok::<_, Error>((id(from)?, id(to)?))
+        })?;
+        let end = Lba(blocks_of(older.1.max(newer.1)));
+        let mut extents: Vec<DiffExtent> = Vec::new();
+        let mut at = Lba(0);
+        while at < end {
+            let step = self
+                .ledger
+                .view(device, |metadata| {
+                    let root = |id| metadata.catalog.get(id).map(|found| found.entry.root);
+                    let (older, newer): (Root, Root) = (root(older.0)?, root(newer.0)?);
+                    metadata.map.diff(older, newer, at)
+                })
+                .await?;
+            for (lba, is_mapped) in step.blocks {
+                let offset = lba.0 * BLOCK_BYTES;
+                let kind = if is_mapped { DiffKind::Data } else { DiffKind::Zero };
+                match extents.last_mut() {
+                    Some(last) if last.kind == kind && last.offset + last.length == offset => last.length += BLOCK_BYTES,
+                    _ => extents.push(DiffExtent {
+                        offset,
+                        length: BLOCK_BYTES,
+                        kind,
+                    }),
+                }
+            }
+            at = step.next;
+        }
+        Ok(extents)
+    }
+}

@@ -1,0 +1,234 @@
+//! Making, renaming, resizing and removing volumes, and removing snapshots.
+
+use super::Pool;
+use super::report::{Redirect, Removal, VolumeOptions};
+use crate::datapath::Counters;
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::{CatalogEntry, Role};
+use crate::format::map_page::Node;
+use crate::format::page::PagePtr;
+use crate::format::record::Record;
+use crate::limits::VOLUME_BYTES_MAX;
+use crate::metadata::blocks_of;
+use crate::name::{Name, VolumePath};
+use crate::space::Fault;
+use crate::units::{BLOCK_BYTES, Lba, Pba, VolumeId};
+use rustc_hash::FxHashMap;
+use std::sync::atomic::Ordering;
+
+fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
+    let invalid = |fact: String| Err(Error::with(ErrorKind::Invalid, format!("{name}: {fact}")));
+    if sector_bytes != 512 && sector_bytes != 4096 {
+        return invalid(format!("a sector has 512 or 4096 bytes, not {sector_bytes}"));
+    }
+    if bytes == 0 {
+        return invalid("a size of 0; give at least one sector".into());
+    }
+    if bytes > VOLUME_BYTES_MAX {
+        return invalid(format!("a size of {bytes} bytes; a volume has at most {} TiB", VOLUME_BYTES_MAX >> 40));
+    }
+    if !bytes.is_multiple_of(u64::from(sector_bytes)) {
+        return invalid(format!("a size of {bytes} bytes is not a multiple of the sector, {sector_bytes} bytes"));
+    }
+    Ok(())
+}
+
+impl Pool {
+    /// Makes an empty volume.
+    pub async fn create_volume<D: Device>(&self, device: &D, name: &Name, options: VolumeOptions) -> Result<VolumeId> {
+        check_size(&format!("{}/{name}", self.name), options.bytes, options.sector_bytes)?;
+        let _alone = self.control.lock().await;
+        let created = self.ledger.clock.now();
+        self.change(device, |draft| {
+            let id = draft.metadata().catalog.next_id();
+            draft.apply(&Record::Create {
+                id,
+                name: name.clone(),
+                bytes: options.bytes,
+                sector_bytes: options.sector_bytes,
+                redirects_always: options.redirect == Redirect::Always,
+                created,
+            })?;
+            Ok(id)
+        })
+        .await
+    }
+
+    /// Renames a volume (its snapshots follow), or a snapshot within its volume.
+    pub async fn rename<D: Device>(&self, device: &D, from: &VolumePath, to: &VolumePath) -> Result<()> {
+        let name = match (&from.snapshot, &to.snapshot) {
+            (None, None) => &to.volume,
+            (Some(_), Some(name)) if from.volume == to.volume => name,
+            _ => {
+                return Err(Error::with(
+                    ErrorKind::Invalid,
+                    format!("{from} cannot become {to}: a volume becomes a volume, a snapshot one of the same volume"),
+                ));
+            }
+        };
+        let _alone = self.control.lock().await;
+        self.change(device, |draft| {
+            let id = draft.metadata().catalog.find(from)?.entry.id;
+            draft.apply(&Record::Rename {
+                id,
+                name: name.clone(),
+            })
+        })
+        .await
+    }
+
+    /// Changes a volume's size. Shrinking needs `allow_shrink` and an unattached volume.
+    pub async fn resize<D: Device>(&self, device: &D, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<()> {
+        let path = VolumePath {
+            volume: volume.clone(),
+            snapshot: None,
+        };
+        let shown = format!("{}/{volume}", self.name);
+        let _alone = self.control.lock().await;
+        self.check_writable()?;
+        let entry = self.ledger.look(|metadata| metadata.catalog.find(&path).map(|found| found.entry.clone()))?;
+        check_size(&shown, bytes, entry.sector_bytes)?;
+        let attached = self.attached.lock().get(&entry.id).cloned();
+        if bytes < entry.bytes {
+            if !allow_shrink {
+                let message = format!("{shown}: has {} bytes; --allow-shrink cuts off what is beyond {bytes}", entry.bytes);
+                return Err(Error::with(ErrorKind::Invalid, message));
+            }
+            if attached.is_some() {
+                return Err(Error::with(ErrorKind::Busy, format!("{shown}: is attached; detach it before it shrinks")));
+            }
+            self.cut_off(device, &entry, bytes).await?;
+        }
+        let id = entry.id;
+        self.change(device, |draft| draft.apply(&Record::Resize { id, bytes })).await?;
+        if let Some(attached) = attached {
+            attached.bytes.store(bytes, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Unmaps what lies beyond a new, smaller size, so that it reads as zeros if the volume grows again.
+    async fn cut_off<D: Device>(&self, device: &D, entry: &CatalogEntry, bytes: u64) -> Result<()> {
+        let counters = Counters::new(&*self.ledger.clock);
+        let io = self.io(device, entry.id, entry.redirects_always, &counters);
+        let whole = bytes.next_multiple_of(BLOCK_BYTES);
+        if whole > bytes {
+            io.write_zeroes(bytes, whole.min(entry.bytes) - bytes, false).await?;
+        }
+        io.unmap(Lba(blocks_of(bytes)), Lba(blocks_of(entry.bytes))).await
+    }
+
+    /// Removes volumes and snapshots, or with `dry_run` says what that would free. `recursive`: a volume's snapshots
+    /// too. Nothing goes if anything named cannot go.
+    pub async fn remove<D: Device>(
+        &self,
+        device: &D,
+        targets: &[VolumePath],
+        recursive: bool,
+        dry_run: bool,
+    ) -> Result<Removal> {
+        let _alone = self.control.lock().await;
+        let ids = self.removable(targets, recursive)?;
+        let freed_blocks = self.freed_by(device, &ids).await?;
+        let paths: Result<Vec<VolumePath>> = ids.iter().map(|id| self.path_of(*id)).collect();
+        let removal = Removal {
+            targets: paths?,
+            freed_bytes: freed_blocks * BLOCK_BYTES,
+        };
+        if !dry_run {
+            let records: Vec<Record> = ids.iter().map(|id| Record::Remove { id: *id }).collect();
+            self.change(device, |draft| draft.apply_all(&records)).await?;
+            self.maintenance.want();
+        }
+        Ok(removal)
+    }
+
+    /// What removing `targets` removes, snapshots before their volume, each once.
+    fn removable(&self, targets: &[VolumePath], recursive: bool) -> Result<Vec<VolumeId>> {
+        let attached = self.attached.lock();
+        self.ledger.look(|metadata| {
+            let catalog = &metadata.catalog;
+            let named: Result<Vec<VolumeId>> =
+                targets.iter().map(|path| catalog.find(path).map(|found| found.entry.id)).collect();
+            let named = named?;
+            let mut ids: Vec<VolumeId> = Vec::new();
+            let mut blockers = Vec::new();
+            for &id in &named {
+                let snapshots = catalog.snapshot_ids(id);
+                for snapshot in snapshots {
+                    if recursive || named.contains(&snapshot) {
+                        ids.push(snapshot);
+                    } else {
+                        blockers.extend(catalog.path(snapshot).map(|path| format!("snapshot {}/{path}", self.name)));
+                    }
+                }
+                ids.push(id);
+            }
+            let mut seen = rustc_hash::FxHashSet::default();
+            ids.retain(|id| seen.insert(*id));
+            // A snapshot may be named after its volume.
+            ids.sort_by_key(|id| matches!(catalog.get(*id).map(|found| &found.entry.role), Ok(Role::Volume { .. })));
+            for id in &ids {
+                if attached.contains_key(id) {
+                    blockers.extend(catalog.path(*id).map(|path| format!("{}/{path} is attached", self.name)));
+                }
+            }
+            if blockers.is_empty() {
+                return Ok(ids);
+            }
+            let first = targets.first().map_or_else(String::new, ToString::to_string);
+            Err(Error::with(
+                ErrorKind::Busy,
+                format!(
+                    "{}/{first}: cannot be removed: {}; detach what is attached, and -r removes snapshots too",
+                    self.name,
+                    blockers.join(", ")
+                ),
+            ))
+        })
+    }
+
+    /// Blocks that removing these together frees: those whose every owner goes.
+    async fn freed_by<D: Device>(&self, device: &D, ids: &[VolumeId]) -> Result<u64> {
+        let mut freed = 0;
+        // How many owners of a shared block or page are among those that go.
+        let mut going: FxHashMap<Pba, u32> = FxHashMap::default();
+        let mut pages: Vec<(PagePtr, u8)> = self.ledger.look(|metadata| {
+            let roots = ids.iter().filter_map(|id| metadata.catalog.get(*id).ok());
+            roots.filter_map(|found| found.entry.root.ptr.map(|ptr| (ptr, found.entry.root.level))).collect()
+        });
+        while let Some((ptr, level)) = pages.pop() {
+            let owners = self.ledger.view(device, |metadata| metadata.space.referenced(ptr.pba)).await?;
+            let gone = going.entry(ptr.pba).or_default();
+            *gone += 1;
+            if *gone < owners {
+                continue;
+            }
+            freed += 1;
+            let below = self
+                .ledger
+                .view(device, |metadata| {
+                    let node = &metadata.map.page(ptr, level)?.node;
+                    let mut counts = Vec::new();
+                    if let Node::Leaf(entries) = &**node {
+                        for entry in entries.iter().filter(|entry| entry.0 != 0) {
+                            counts.push((*entry, metadata.space.referenced(*entry)?));
+                        }
+                    }
+                    Ok::<_, Fault>((node.clone(), counts))
+                })
+                .await?;
+            let (node, counts) = below;
+            if let Node::Inner(children) = &*node {
+                pages.extend(children.iter().flatten().map(|child| (*child, level - 1)));
+            }
+            for (pba, owners) in counts {
+                let gone = going.entry(pba).or_default();
+                *gone += 1;
+                freed += u64::from(*gone == owners);
+            }
+        }
+        Ok(freed)
+    }
+}

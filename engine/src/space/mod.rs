@@ -1,0 +1,392 @@
+//! Which blocks of the pool are free, and how many references the others have.
+//!
+//! A data block's count is the number of map leaves that name it, a map page's count the number of pages and roots
+//! above it. The life of a block: free, `reserve`d, `publish`ed with count 1 (or `cancel`led), `retain`ed and
+//! `release`d; at count 0 it is *pending*: not reusable until a checkpoint that does not name it is durable and every
+//! request that might still use it has ended. Counts are loaded a region at a time, on first use.
+
+mod region;
+mod reserve;
+
+pub(crate) use region::FrozenRegion;
+
+use crate::error::{Error, Result};
+use crate::format::counts::{Halves, Index, IndexEntry, empty_index};
+use crate::format::layout::{self, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS, Slot, TOP_ENTRIES};
+use crate::format::page::PagePtr;
+use crate::units::{Extent, Generation, Pba, Seq};
+use region::Region;
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeSet, VecDeque};
+
+/// What an operation lacks in memory; the caller reads it from the device and tries again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// The counts of a region.
+    Counts(u64),
+    /// A map page of a level.
+    Page(PagePtr, u8),
+}
+
+/// Why an operation on the metadata did not happen. Nothing was changed.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// Something must be read first.
+    Missing(Missing),
+    /// It can't.
+    Error(Error),
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// The space of a pool.
+#[derive(Debug)]
+pub(crate) struct SpaceMap {
+    blocks: u64,
+    journal: Extent,
+    regions: Vec<Region>,
+    dirty: BTreeSet<u64>,
+    /// Where the index pages of levels 1 to 3 stand.
+    index: [Vec<Option<(Slot, Generation)>>; INDEX_LEVELS as usize],
+    /// Blocks that a reservation could take now.
+    available: u64,
+    /// Where the next search for a run begins.
+    cursor: u64,
+    /// Blocks set aside for metadata pages.
+    metadata: VecDeque<Extent>,
+    /// Released to count 0 since the last freeze.
+    pending: Vec<Extent>,
+    pending_blocks: u64,
+    /// Blocks whose only remaining owner is one for good only when the record is durable that released the other.
+    unsettled: FxHashMap<Pba, Seq>,
+    unsettled_order: VecDeque<(Seq, Pba)>,
+    /// Counts found too low on the way: damage that a check will name.
+    underflows: u64,
+}
+
+impl SpaceMap {
+    /// The space of an empty pool.
+    pub(crate) fn new(blocks: u64, journal: Extent) -> Self {
+        let mut space = Self {
+            blocks,
+            journal,
+            regions: Vec::new(),
+            dirty: BTreeSet::new(),
+            index: Default::default(),
+            available: 0,
+            cursor: 0,
+            metadata: VecDeque::new(),
+            pending: Vec::new(),
+            pending_blocks: 0,
+            unsettled: FxHashMap::default(),
+            unsettled_order: VecDeque::new(),
+            underflows: 0,
+        };
+        space.add_regions(blocks);
+        space
+    }
+
+    /// Takes the blocks up to `blocks` into use.
+    pub(crate) fn grow(&mut self, blocks: u64) -> Result<(), Fault> {
+        let (before, journal) = (self.blocks, self.journal);
+        // The last region may have ended within; its new blocks are free.
+        if let Some(last) = self.regions.len().checked_sub(1) {
+            let region = last as u64;
+            if !self.regions[last].is_loaded() {
+                return Err(Fault::Missing(Missing::Counts(region)));
+            }
+            self.available += self.region_mut(region).grow(region, before, blocks, journal);
+        }
+        self.add_regions(blocks);
+        Ok(())
+    }
+
+    fn add_regions(&mut self, blocks: u64) {
+        self.blocks = blocks;
+        for index in self.regions.len() as u64..layout::region_count(blocks) {
+            let region = Region::virgin(index, blocks, self.journal);
+            self.available += region.available();
+            self.regions.push(region);
+        }
+        let mut pages = layout::region_count(blocks);
+        for level in &mut self.index {
+            pages = pages.div_ceil(INDEX_ENTRIES);
+            level.resize(usize::try_from(pages).unwrap_or(usize::MAX), None);
+        }
+    }
+
+    /// Blocks of the pool.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// The journal's place.
+    pub(crate) fn journal(&self) -> Extent {
+        self.journal
+    }
+
+    /// Blocks kept back for metadata: what deleting, discarding and rolling back on a full pool may take until a
+    /// checkpoint gives space back.
+    pub(crate) fn reserve_blocks(&self) -> u64 {
+        (self.blocks / 128).clamp(256, 65_536)
+    }
+
+    /// Blocks that data can still take.
+    pub(crate) fn free_for_data(&self) -> u64 {
+        let set_aside: u64 = self.metadata.iter().map(|extent| extent.count).sum();
+        (self.available + set_aside).saturating_sub(self.reserve_blocks())
+    }
+
+    /// Blocks released and not reusable yet.
+    pub(crate) fn pending_blocks(&self) -> u64 {
+        self.pending_blocks
+    }
+
+    /// Blocks neither free nor pending nor set aside, the fixed ones included.
+    pub(crate) fn used_blocks(&self) -> u64 {
+        let set_aside: u64 = self.metadata.iter().map(|extent| extent.count).sum();
+        self.blocks - self.available - set_aside - self.pending_blocks
+    }
+
+    /// How often a count was found too low.
+    pub(crate) fn underflows(&self) -> u64 {
+        self.underflows
+    }
+
+    /// How many owners a block has.
+    pub(crate) fn count(&self, pba: Pba) -> Result<u32, Fault> {
+        let (region, offset) = place(pba);
+        let counted = usize::try_from(region).ok().and_then(|index| self.regions.get(index));
+        let Some(counted) = counted.filter(|_| pba.0 < self.blocks) else {
+            return Err(Error::corrupt("a pointer beyond the pool").at_pba(pba).into());
+        };
+        counted.count(offset).ok_or(Fault::Missing(Missing::Counts(region)))
+    }
+
+    /// The count of a block that something points to: 0 is damage.
+    pub(crate) fn referenced(&self, pba: Pba) -> Result<u32, Fault> {
+        match self.count(pba)? {
+            0 => Err(Error::corrupt("a pointer to a block that is counted as free").at_pba(pba).into()),
+            count => Ok(count),
+        }
+    }
+
+    /// Whether a block's only owner would still be its only one after a power cut now.
+    pub(crate) fn is_settled(&self, pba: Pba) -> bool {
+        self.unsettled.is_empty() || !self.unsettled.contains_key(&pba)
+    }
+
+    /// Every record up to `durable` is durable.
+    pub(crate) fn settle(&mut self, durable: Seq) {
+        while let Some(&(seq, pba)) = self.unsettled_order.front() {
+            if seq > durable {
+                break;
+            }
+            self.unsettled_order.pop_front();
+            if self.unsettled.get(&pba) == Some(&seq) {
+                self.unsettled.remove(&pba);
+            }
+        }
+    }
+
+    fn region_mut(&mut self, region: u64) -> &mut Region {
+        self.dirty.insert(region);
+        #[expect(clippy::expect_used, reason = "callers checked the block with `count` first")]
+        let index = usize::try_from(region).expect("a region index fits memory");
+        &mut self.regions[index]
+    }
+
+    /// One more owner. The block's counts are loaded.
+    pub(crate) fn retain(&mut self, pba: Pba) {
+        let (region, offset) = place(pba);
+        self.region_mut(region).add(offset);
+    }
+
+    /// One owner less; at 0 the block is pending. `seq` is the record that does it: until that is durable a data
+    /// block with one owner left must not be written in place, because a power cut would bring the other owner back.
+    pub(crate) fn release(&mut self, pba: Pba, seq: Option<Seq>) {
+        let (region, offset) = place(pba);
+        match self.region_mut(region).subtract(offset) {
+            None => self.underflows += 1,
+            Some(0) => {
+                self.pending_blocks += 1;
+                match self.pending.last_mut() {
+                    Some(last) if last.end() == pba => last.count += 1,
+                    _ => self.pending.push(Extent::new(pba, 1)),
+                }
+            }
+            Some(1) => {
+                if let Some(seq) = seq {
+                    self.unsettled.insert(pba, seq);
+                    self.unsettled_order.push_back((seq, pba));
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Takes the blocks that were released so far; they stay pending until [`SpaceMap::reuse`].
+    pub(crate) fn take_pending(&mut self) -> Vec<Extent> {
+        std::mem::take(&mut self.pending)
+    }
+
+    /// Makes released blocks free again: no durable state names them and nobody uses them any more.
+    pub(crate) fn reuse(&mut self, extents: &[Extent]) {
+        for extent in extents {
+            self.pending_blocks -= extent.count;
+            self.set_free(*extent);
+        }
+    }
+
+    /// Marks a block that the journal maps as taken, before replay hands out blocks for metadata.
+    pub(crate) fn claim(&mut self, extent: Extent) -> Result<(), Fault> {
+        let in_use = |pba| Fault::Error(Error::corrupt("the journal maps a block that is in use").at_pba(pba));
+        for pba in extent.blocks() {
+            if self.count(pba)? != 0 {
+                return Err(in_use(pba));
+            }
+        }
+        for pba in extent.blocks() {
+            let (region, offset) = place(pba);
+            if !self.region_mut(region).take(offset) {
+                return Err(in_use(pba));
+            }
+            self.available -= 1;
+        }
+        Ok(())
+    }
+
+    /// Puts a region's counts from disk into memory; `high` only where the region is wide.
+    pub(crate) fn load(&mut self, region: u64, low: Option<&Halves>, high: Option<&Halves>) -> Result<()> {
+        let (blocks, journal) = (self.blocks, self.journal);
+        let index = usize::try_from(region).ok();
+        match index.and_then(|index| self.regions.get_mut(index)) {
+            Some(slot) => slot.load(region, blocks, journal, low, high),
+            None => Err(Error::corrupt("a region beyond the pool")),
+        }
+    }
+
+    /// Where a region's counts stand, and whether they have high halves; none: never written.
+    pub(crate) fn region_place(&self, region: u64) -> Option<(Slot, Generation, bool)> {
+        let index = usize::try_from(region).ok()?;
+        self.regions.get(index)?.place()
+    }
+
+    /// What the index pages say, page by page from the top level down, as the loader reads them.
+    pub(crate) fn load_index(&mut self, level: u8, page: u64, index: &Index) -> Result<()> {
+        let first = page * INDEX_ENTRIES;
+        for (position, entry) in (first..).zip(index.iter()) {
+            self.load_entry(level - 1, position, entry)?;
+        }
+        Ok(())
+    }
+
+    /// What the superblock says of the index pages of the top level.
+    pub(crate) fn load_top(&mut self, top: &[IndexEntry; TOP_ENTRIES]) -> Result<()> {
+        for (position, entry) in (0..).zip(top.iter()) {
+            self.load_entry(INDEX_LEVELS, position, entry)?;
+        }
+        Ok(())
+    }
+
+    /// The entry number `position` for a page of `level`; level 0 is a region.
+    fn load_entry(&mut self, level: u8, position: u64, entry: &IndexEntry) -> Result<()> {
+        let Ok(position) = usize::try_from(position) else {
+            return Ok(());
+        };
+        if level > 0 {
+            if let Some(place) = self.index[usize::from(level) - 1].get_mut(position) {
+                *place = entry.place;
+                return Ok(());
+            }
+        } else if let Some(region) = self.regions.get_mut(position) {
+            self.available -= region.available();
+            region.set_entry(entry)?;
+            self.available += region.available();
+            return Ok(());
+        }
+        match entry.place {
+            None => Ok(()),
+            Some(_) => Err(Error::corrupt("count index: counts beyond the pool")),
+        }
+    }
+
+    /// The index pages of `level` that stand on disk: number, slot, generation.
+    pub(crate) fn index_places(&self, level: u8) -> Vec<(u64, Slot, Generation)> {
+        let places = self.index[usize::from(level) - 1].iter();
+        (0..)
+            .zip(places)
+            .filter_map(|(page, place)| place.map(|(slot, generation)| (page, slot, generation)))
+            .collect()
+    }
+
+    /// Takes the counts that changed, to be written as `generation`, and the index pages above them.
+    pub(crate) fn freeze(&mut self, generation: Generation) -> FrozenSpace {
+        let mut frozen = FrozenSpace::default();
+        let mut pages = BTreeSet::new();
+        for region in std::mem::take(&mut self.dirty) {
+            let Ok(index) = usize::try_from(region) else { continue };
+            frozen.regions.push(self.regions[index].freeze(region, generation));
+            pages.insert(region / INDEX_ENTRIES);
+        }
+        for level in 1..=INDEX_LEVELS {
+            for page in std::mem::take(&mut pages) {
+                let place = &mut self.index[usize::from(level) - 1][usize::try_from(page).unwrap_or(usize::MAX)];
+                let slot = place.map_or(Slot::A, |(slot, _)| slot.other());
+                *place = Some((slot, generation));
+                frozen.index.push((level, page, slot, self.index_page(level, page)));
+                pages.insert(page / INDEX_ENTRIES);
+            }
+            // The pages of the next level; those just inserted belong to it.
+        }
+        for (entry, place) in frozen.top.iter_mut().zip(&self.index[usize::from(INDEX_LEVELS) - 1]) {
+            entry.place = *place;
+        }
+        frozen
+    }
+
+    fn index_page(&self, level: u8, page: u64) -> Box<Index> {
+        let mut index = empty_index();
+        let first = usize::try_from(page * INDEX_ENTRIES).unwrap_or(usize::MAX);
+        if level == 1 {
+            for (entry, region) in index.iter_mut().zip(self.regions.iter().skip(first)) {
+                *entry = region.entry();
+            }
+        } else {
+            let below = &self.index[usize::from(level) - 2];
+            for (entry, place) in index.iter_mut().zip(below.iter().skip(first)) {
+                entry.place = *place;
+            }
+        }
+        index
+    }
+}
+
+/// What a checkpoint writes of the space.
+#[derive(Debug)]
+pub(crate) struct FrozenSpace {
+    pub(crate) regions: Vec<FrozenRegion>,
+    /// Level, number, slot and content of index pages.
+    pub(crate) index: Vec<(u8, u64, Slot, Box<Index>)>,
+    pub(crate) top: Box<[IndexEntry; TOP_ENTRIES]>,
+}
+
+impl Default for FrozenSpace {
+    fn default() -> Self {
+        Self {
+            regions: Vec::new(),
+            index: Vec::new(),
+            top: Box::new([IndexEntry::default(); TOP_ENTRIES]),
+        }
+    }
+}
+
+fn place(pba: Pba) -> (u64, usize) {
+    #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 1,984")]
+    let offset = (pba.0 % REGION_BLOCKS) as usize;
+    (pba.0 / REGION_BLOCKS, offset)
+}

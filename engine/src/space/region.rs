@@ -1,0 +1,286 @@
+//! The counts of one region, and which of its blocks can be taken.
+
+use crate::error::{Error, Result};
+use crate::format::counts::{Halves, IndexEntry, REGION_LEN};
+use crate::format::layout::{self, REGION_BLOCKS, Slot};
+use crate::units::{Extent, Generation, Pba};
+use std::sync::Arc;
+
+const WORDS: usize = REGION_LEN / 64;
+const _: () = assert!(WORDS * 64 == REGION_LEN);
+
+/// A region of the pool.
+#[derive(Debug)]
+pub(crate) struct Region {
+    place: Option<(Slot, Generation)>,
+    is_wide: bool,
+    /// Blocks with count 0 that are part of the pool and have no fixed use.
+    free: u64,
+    /// Of those, the ones neither reserved nor pending.
+    available: u64,
+    loaded: Option<Box<Loaded>>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    low: Arc<Halves>,
+    /// Only where some count passed 65,535.
+    high: Option<Arc<Halves>>,
+    /// A set bit: the block can't be taken.
+    taken: [u64; WORDS],
+}
+
+/// A region's counts as a checkpoint writes them.
+#[derive(Debug)]
+pub(crate) struct FrozenRegion {
+    pub(crate) region: u64,
+    pub(crate) slot: Slot,
+    pub(crate) low: Arc<Halves>,
+    pub(crate) high: Option<Arc<Halves>>,
+}
+
+/// Whether a block of a region is there and free in an empty pool.
+fn is_usable(region: u64, offset: usize, blocks: u64, journal: Extent) -> bool {
+    let pba = Pba(region * REGION_BLOCKS + offset as u64);
+    pba.0 < blocks && !layout::is_fixed(pba, journal)
+}
+
+impl Region {
+    /// A region that was never written: all free but what has a fixed use.
+    pub(crate) fn virgin(region: u64, blocks: u64, journal: Extent) -> Self {
+        let free = (0..REGION_LEN).filter(|&offset| is_usable(region, offset, blocks, journal)).count() as u64;
+        Self {
+            place: None,
+            is_wide: false,
+            free,
+            available: free,
+            loaded: None,
+        }
+    }
+
+    /// Frees the blocks that a grown pool gives the region, whose counts are loaded; how many they are.
+    pub(crate) fn grow(&mut self, region: u64, before: u64, blocks: u64, journal: Extent) -> u64 {
+        let loaded = self.loaded_mut();
+        let mut gained = 0;
+        for offset in 0..REGION_LEN {
+            if is_usable(region, offset, blocks, journal) && !is_usable(region, offset, before, journal) {
+                Arc::make_mut(&mut loaded.low)[offset] = 0;
+                loaded.taken[offset / 64] &= !(1 << (offset % 64));
+                gained += 1;
+            }
+        }
+        self.free += gained;
+        self.available += gained;
+        gained
+    }
+
+    pub(crate) fn available(&self) -> u64 {
+        self.available
+    }
+
+    pub(crate) fn is_loaded(&self) -> bool {
+        self.loaded.is_some()
+    }
+
+    pub(crate) fn place(&self) -> Option<(Slot, Generation, bool)> {
+        self.place.map(|(slot, generation)| (slot, generation, self.is_wide))
+    }
+
+    pub(crate) fn entry(&self) -> IndexEntry {
+        IndexEntry {
+            place: self.place,
+            is_wide: self.is_wide,
+            free: if self.place.is_some() { self.free } else { 0 },
+        }
+    }
+
+    /// Takes over what the index says, before the counts are loaded.
+    pub(crate) fn set_entry(&mut self, entry: &IndexEntry) -> Result<()> {
+        if entry.place.is_none() {
+            return Ok(());
+        }
+        if entry.free > REGION_BLOCKS {
+            return Err(Error::corrupt("count index: more free blocks than a region has"));
+        }
+        self.place = entry.place;
+        self.is_wide = entry.is_wide;
+        self.free = entry.free;
+        self.available = entry.free;
+        Ok(())
+    }
+
+    /// Puts the counts into memory; none from disk if the region was never written.
+    pub(crate) fn load(
+        &mut self,
+        region: u64,
+        blocks: u64,
+        journal: Extent,
+        low: Option<&Halves>,
+        high: Option<&Halves>,
+    ) -> Result<()> {
+        if self.loaded.is_some() {
+            return Ok(());
+        }
+        let mut counts = [0; REGION_LEN];
+        if let Some(low) = low {
+            counts = *low;
+        }
+        let mut taken = [0; WORDS];
+        let mut free = 0;
+        for (offset, count) in counts.iter_mut().enumerate() {
+            if !is_usable(region, offset, blocks, journal) {
+                // Blocks with a fixed use and blocks beyond the end have one owner for ever.
+                *count = UNUSABLE;
+            }
+            let is_free = *count == 0 && high.is_none_or(|high| high[offset] == 0);
+            if is_free {
+                free += 1;
+            } else {
+                taken[offset / 64] |= 1 << (offset % 64);
+            }
+        }
+        if free != self.free {
+            return Err(Error::corrupt(format!(
+                "count page: {free} free blocks, its index says {}",
+                self.free
+            ))
+            .at_pba(Pba(region * REGION_BLOCKS)));
+        }
+        self.loaded = Some(Box::new(Loaded {
+            low: Arc::new(counts),
+            high: high.map(|high| Arc::new(*high)),
+            taken,
+        }));
+        Ok(())
+    }
+
+    pub(crate) fn count(&self, offset: usize) -> Option<u32> {
+        let loaded = self.loaded.as_ref()?;
+        let high = loaded.high.as_ref().map_or(0, |high| u32::from(high[offset]));
+        Some(high << 16 | u32::from(loaded.low[offset]))
+    }
+
+    #[expect(clippy::expect_used, reason = "callers read the count first, which needs it loaded")]
+    fn loaded_mut(&mut self) -> &mut Loaded {
+        self.loaded.as_mut().expect("the counts are loaded")
+    }
+
+    pub(crate) fn add(&mut self, offset: usize) {
+        let loaded = self.loaded_mut();
+        let low = &mut Arc::make_mut(&mut loaded.low)[offset];
+        match *low {
+            u16::MAX => {
+                *low = 0;
+                let high = loaded.high.get_or_insert_with(|| Arc::new([0; REGION_LEN]));
+                Arc::make_mut(high)[offset] += 1;
+                self.is_wide = true;
+            }
+            0 => {
+                *low = 1;
+                if loaded.high.as_ref().is_none_or(|high| high[offset] == 0) {
+                    self.free -= 1;
+                }
+            }
+            _ => *low += 1,
+        }
+    }
+
+    /// The count after the subtraction; none if it was 0.
+    pub(crate) fn subtract(&mut self, offset: usize) -> Option<u32> {
+        let loaded = self.loaded_mut();
+        let high = loaded.high.as_ref().map_or(0, |high| high[offset]);
+        match (loaded.low[offset], high) {
+            (0, 0) => return None,
+            (0, _) => {
+                Arc::make_mut(&mut loaded.low)[offset] = u16::MAX;
+                if let Some(high) = &mut loaded.high {
+                    Arc::make_mut(high)[offset] -= 1;
+                }
+            }
+            (low, _) => {
+                Arc::make_mut(&mut loaded.low)[offset] = low - 1;
+                if low == 1 && high == 0 {
+                    self.free += 1;
+                }
+            }
+        }
+        self.count(offset)
+    }
+
+    /// Takes one free block; false if it is taken.
+    pub(crate) fn take(&mut self, offset: usize) -> bool {
+        let loaded = self.loaded_mut();
+        let (word, bit) = (offset / 64, 1 << (offset % 64));
+        if loaded.taken[word] & bit != 0 {
+            return false;
+        }
+        loaded.taken[word] |= bit;
+        self.available -= 1;
+        true
+    }
+
+    /// Gives a taken block back.
+    pub(crate) fn give_back(&mut self, offset: usize) {
+        let loaded = self.loaded_mut();
+        loaded.taken[offset / 64] &= !(1 << (offset % 64));
+        self.available += 1;
+    }
+
+    /// The free run from `from`, at most `want` long.
+    pub(crate) fn run_at(&self, from: usize, want: usize) -> usize {
+        let Some(loaded) = &self.loaded else { return 0 };
+        let mut offset = from;
+        let end = REGION_LEN.min(from + want);
+        while offset < end {
+            let taken_from_here = loaded.taken[offset / 64] >> (offset % 64);
+            let zeros = usize::try_from(taken_from_here.trailing_zeros()).unwrap_or(0).min(64 - offset % 64);
+            offset += zeros;
+            if zeros == 0 || !offset.is_multiple_of(64) {
+                break;
+            }
+        }
+        offset.min(end) - from
+    }
+
+    /// The first free run of `want` blocks, or else the longest there is.
+    pub(crate) fn best_run(&self, want: usize) -> Option<(usize, usize)> {
+        let loaded = self.loaded.as_ref()?;
+        let mut best: Option<(usize, usize)> = None;
+        let mut offset = 0;
+        while offset < REGION_LEN {
+            let taken_from_here = loaded.taken[offset / 64] >> (offset % 64);
+            if taken_from_here == u64::MAX >> (offset % 64) {
+                offset = (offset / 64 + 1) * 64;
+                continue;
+            }
+            offset += usize::try_from(taken_from_here.trailing_ones()).unwrap_or(0);
+            let length = self.run_at(offset, REGION_LEN);
+            if best.is_none_or(|(_, longest)| length > longest) {
+                best = Some((offset, length.min(want)));
+            }
+            if length >= want {
+                return Some((offset, want));
+            }
+            offset += length;
+        }
+        best
+    }
+
+    /// Hands the counts to a checkpoint; later changes go to a copy.
+    pub(crate) fn freeze(&mut self, region: u64, generation: Generation) -> FrozenRegion {
+        let slot = self.place.map_or(Slot::A, |(slot, _)| slot.other());
+        self.place = Some((slot, generation));
+        let loaded = self.loaded_mut();
+        let frozen = FrozenRegion {
+            region,
+            slot,
+            low: Arc::clone(&loaded.low),
+            high: loaded.high.clone(),
+        };
+        self.is_wide = frozen.high.is_some();
+        frozen
+    }
+}
+
+/// The count of a block that no reservation may ever take.
+const UNUSABLE: u16 = 1;

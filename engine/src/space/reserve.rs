@@ -1,0 +1,122 @@
+//! Finding free blocks: runs for data, single blocks for metadata pages.
+//!
+//! A writer continues where it left off, so that what is written together lies together; one that can't starts in a
+//! region of its own, so that streams do not interleave.
+
+use super::{Fault, Missing, SpaceMap, place};
+use crate::error::{Error, ErrorKind};
+use crate::format::layout::REGION_BLOCKS;
+use crate::units::{Extent, Pba};
+
+/// Metadata pages are handed out from runs of this many blocks, so that a checkpoint writes them together.
+const METADATA_RUN: u64 = 64;
+
+impl SpaceMap {
+    /// Takes a run of up to `want` free blocks for data, at `goal` if that is free.
+    pub(crate) fn reserve(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
+        let want = want.min(self.free_for_data()).min(self.available);
+        if want == 0 {
+            return Err(Error::new(ErrorKind::OutOfSpace).into());
+        }
+        self.take_run(goal, want)
+    }
+
+    /// Sees to it that `count` blocks are set aside for metadata pages.
+    pub(crate) fn set_aside(&mut self, count: u64) -> Result<(), Fault> {
+        loop {
+            let have: u64 = self.metadata.iter().map(|extent| extent.count).sum();
+            if have >= count {
+                return Ok(());
+            }
+            if self.available == 0 {
+                return Err(Error::with(ErrorKind::OutOfSpace, "no space left in the pool, not even in the reserve").into());
+            }
+            let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
+            let want = METADATA_RUN.min(self.available);
+            let extent = self.take_run(goal, want)?;
+            self.metadata.push_back(extent);
+        }
+    }
+
+    /// A block for a metadata page, with one owner. [`SpaceMap::set_aside`] saw to it that there is one.
+    pub(crate) fn take_metadata(&mut self) -> Pba {
+        #[expect(clippy::expect_used, reason = "set_aside comes first; running out is our bug")]
+        let extent = self.metadata.front_mut().expect("metadata blocks are set aside");
+        let pba = extent.start;
+        extent.start = pba.plus(1);
+        extent.count -= 1;
+        if extent.count == 0 {
+            self.metadata.pop_front();
+        }
+        self.retain(pba);
+        pba
+    }
+
+    /// Gives the reserved blocks their first owner.
+    pub(crate) fn publish(&mut self, pba: Pba) {
+        self.retain(pba);
+    }
+
+    /// Gives a reservation back.
+    pub(crate) fn cancel(&mut self, extent: Extent) {
+        self.set_free(extent);
+    }
+
+    pub(super) fn set_free(&mut self, extent: Extent) {
+        for pba in extent.blocks() {
+            let (region, offset) = place(pba);
+            let index = usize::try_from(region).unwrap_or(usize::MAX);
+            self.regions[index].give_back(offset);
+        }
+        self.available += extent.count;
+    }
+
+    fn take_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
+        let start = self.find_run(goal, want)?;
+        for pba in start.blocks() {
+            let (region, offset) = place(pba);
+            let index = usize::try_from(region).unwrap_or(usize::MAX);
+            let was_free = self.regions[index].take(offset);
+            assert!(was_free, "{pba} was found free and is taken");
+        }
+        self.available -= start.count;
+        Ok(start)
+    }
+
+    fn find_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
+        let want_len = usize::try_from(want).unwrap_or(usize::MAX);
+        let (region, offset) = place(goal);
+        if goal.0 > 0
+            && let Some(at_goal) = usize::try_from(region).ok().and_then(|index| self.regions.get(index))
+            && at_goal.available() > 0
+        {
+            if !at_goal.is_loaded() {
+                return Err(Fault::Missing(Missing::Counts(region)));
+            }
+            let length = at_goal.run_at(offset, want_len.min(1 << 20));
+            if length > 0 {
+                return Ok(Extent::new(goal, length as u64));
+            }
+        }
+        let regions = self.regions.len() as u64;
+        // First a region with room for the whole run, then any.
+        for enough in [want.min(REGION_BLOCKS / 2), 1] {
+            for step in 0..regions {
+                let region = (self.cursor + step) % regions;
+                let index = usize::try_from(region).unwrap_or(usize::MAX);
+                let candidate = &self.regions[index];
+                if candidate.available() < enough {
+                    continue;
+                }
+                if !candidate.is_loaded() {
+                    return Err(Fault::Missing(Missing::Counts(region)));
+                }
+                if let Some((offset, length)) = candidate.best_run(want_len) {
+                    self.cursor = (region + 1) % regions;
+                    return Ok(Extent::new(Pba(region * REGION_BLOCKS + offset as u64), length as u64));
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::OutOfSpace).into())
+    }
+}
