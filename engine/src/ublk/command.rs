@@ -14,14 +14,18 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::size_of;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 /// The driver's control device.
 pub(super) const CONTROL_PATH: &str = "/dev/ublk-control";
 
-/// How long to wait before the ring is entered again after it failed.
-const RETRY: Duration = Duration::from_millis(10);
+/// How often a waiting command looks whether it should be given up.
+const LOOK: Duration = Duration::from_millis(100);
+/// What the answer to a cancellation carries; commands count from 1.
+const CANCEL_TOKEN: u64 = 0;
 
 /// Bytes of a mask of processors: room for 8192.
 const AFFINITY_BYTES: usize = 1024;
@@ -38,6 +42,7 @@ pub(super) struct Commands {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     control: File,
     next_token: u64,
+    is_given_up: Arc<AtomicBool>,
 }
 
 /// What a command carries besides its number.
@@ -75,7 +80,13 @@ impl Commands {
                 .open(CONTROL_PATH)?,
             ring: IoUring::<squeue::Entry128, cqueue::Entry>::builder().build(4)?,
             next_token: 0,
+            is_given_up: Arc::default(),
         })
+    }
+
+    /// The commands from now on end early once `is_given_up` holds.
+    pub(super) fn heed(&mut self, is_given_up: &Arc<AtomicBool>) {
+        self.is_given_up = Arc::clone(is_given_up);
     }
 
     /// The driver's features, `None` where it is older than the question (6.5).
@@ -181,19 +192,36 @@ impl Commands {
         if pushed.is_err() {
             return Err(io::Error::from_raw_os_error(libc::EAGAIN));
         }
+        self.await_answer(self.next_token)
+    }
+
+    /// Waits for the answer to a command. Where the caller gives up, the kernel is asked to end the command, which it
+    /// does for those that wait for something.
+    fn await_answer(&mut self, token: u64) -> io::Result<()> {
+        let mut is_cancelled = false;
+        let look = types::Timespec::from(LOOK);
+        let look = types::SubmitArgs::new().timespec(&look);
         loop {
-            let entered = self.ring.submit_and_wait(1);
+            let entered = self.ring.submitter().submit_with_args(1, &look);
             while let Some(answer) = self.ring.completion().next() {
-                if answer.user_data() == self.next_token {
+                if answer.user_data() == token {
                     return match answer.result() {
                         0.. => Ok(()),
                         error => Err(io::Error::from_raw_os_error(-error)),
                     };
                 }
             }
-            if entered.is_err_and(|e| e.kind() != io::ErrorKind::Interrupted) {
+            if !is_cancelled && self.is_given_up.load(Ordering::Relaxed) {
+                let cancel = opcode::AsyncCancel::new(token).build();
+                let cancel = squeue::Entry128::from(cancel.user_data(CANCEL_TOKEN));
+                // SAFETY: the entry carries no address.
+                is_cancelled = unsafe { self.ring.submission().push(&cancel) }.is_ok();
+            }
+            let is_usual =
+                |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ETIME | libc::EINTR));
+            if entered.is_err_and(|e| !is_usual(&e)) {
                 // The kernel may have the buffer, so there is no way out but its answer; the watchdog reports the wait.
-                thread::sleep(RETRY);
+                thread::sleep(LOOK);
             }
         }
     }

@@ -1,14 +1,19 @@
 //! The one thread that sends control commands, and the watchdog before it: a caller waits for an answer for a limited
 //! time, so that a command that the kernel never answers becomes an error and not a hang.
 //!
+//! The kernel is asked to end what is given up: most commands wait for something, and can stop waiting. A thread that
+//! hangs all the same is left behind, and the next command starts another.
+//!
 //! All commands of the process go through one long-lived thread and ring: rings made for each device are under
-//! suspicion of losing commands. A thread that got stuck is left behind, and the next command starts another.
+//! suspicion of losing commands.
 
 use super::command::{CONTROL_PATH, Commands};
 use super::{block_path, task};
 use crate::error::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -23,6 +28,8 @@ static THREAD: Mutex<Option<Sender<Job>>> = Mutex::new(None);
 
 /// How long a command waits for its turn behind others.
 const TURN: Duration = Duration::from_mins(3);
+/// How long the kernel may take to end a command that is given up.
+const CANCEL_LIMIT: Duration = Duration::from_secs(2);
 /// How often a waiting caller looks whether it should give up.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -76,23 +83,32 @@ impl Ask {
         job: impl FnOnce(&mut Commands) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (answers, answered) = mpsc::channel();
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let heeded = Arc::clone(&is_given_up);
         submit(Box::new(move |slot| {
             // A caller that has given up must not have its command carried out behind its back.
             if answers.send(Answer::Begun).is_err() {
                 return;
             }
-            let result = slot.commands().and_then(job);
+            let result = slot.commands(&heeded).and_then(job);
             if answers.send(Answer::Done(result)).is_err() {
                 tracing::warn!("the kernel answered a ublk control command that was given up");
             }
         }))?;
-        let answer = match self.wait(&answered, TURN, &failed)? {
-            Answer::Begun => self.wait(&answered, self.limit, &failed)?,
-            done @ Answer::Done(_) => done,
+        let waited = match self.wait(&answered, TURN, &failed) {
+            Ok(Answer::Begun) => self.wait(&answered, self.limit, &failed),
+            other => other,
         };
-        match answer {
-            Answer::Done(result) => result,
-            Answer::Begun => Err(self.vanished()),
+        match waited {
+            Ok(Answer::Done(result)) => result,
+            Ok(Answer::Begun) => Err(self.vanished()),
+            Err(error) => {
+                is_given_up.store(true, Ordering::Relaxed);
+                if answered.recv_timeout(CANCEL_LIMIT).is_err() {
+                    leave_behind();
+                }
+                Err(error)
+            }
         }
     }
 
@@ -110,24 +126,25 @@ impl Ask {
                 Err(RecvTimeoutError::Timeout) => waited += LOOK,
             }
             if let Some(error) = failed() {
-                leave_behind();
                 return Err(error);
             }
             if waited >= limit {
-                leave_behind();
                 return Err(self.too_late(limit));
             }
         }
     }
 
     fn too_late(&self, limit: Duration) -> Error {
+        let way_out = if self.what.ends_with("ADD_DEV") {
+            "6.18.4, 6.18.5 and some of Ubuntu's 6.17 crash here; boot another kernel"
+        } else {
+            "the kernel's log may tell why"
+        };
+        let (what, seconds) = (&self.what, limit.as_secs());
         Error::with(
             ErrorKind::Io,
             format!(
-                "{}: the kernel's ublk driver has not answered for {} seconds; the kernel's log may tell why (6.18.4, \
-                 6.18.5 and Ubuntu's 6.17 crash when a device is added), and only a reboot helps for certain",
-                self.what,
-                limit.as_secs()
+                "{what}: the kernel's ublk driver has not answered for {seconds} seconds; {way_out}"
             ),
         )
     }
@@ -141,11 +158,13 @@ impl Ask {
 }
 
 impl Slot {
-    fn commands(&mut self) -> Result<&mut Commands> {
-        match &mut self.commands {
-            Some(commands) => Ok(commands),
-            slot @ None => Ok(slot.insert(Commands::open().map_err(cannot_control)?)),
-        }
+    fn commands(&mut self, is_given_up: &Arc<AtomicBool>) -> Result<&mut Commands> {
+        let commands = match &mut self.commands {
+            Some(commands) => commands,
+            slot @ None => slot.insert(Commands::open().map_err(cannot_control)?),
+        };
+        commands.heed(is_given_up);
+        Ok(commands)
     }
 }
 

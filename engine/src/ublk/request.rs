@@ -5,6 +5,10 @@ use crate::error::{Error, ErrorKind};
 use crate::pool::Attached;
 use crate::units::SECTOR_BYTES;
 use libublk::sys;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Requests that this process has refused for other reasons than a full pool.
+static REFUSED: AtomicU64 = AtomicU64::new(0);
 
 /// What a client asks of the device; offsets and lengths in bytes, in whole logical sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,11 +104,15 @@ impl Request {
         }
     }
 
-    /// The errno for the client. A full pool is the client's business alone; the rest is worth a line.
+    /// The errno for the client. A full pool is the client's business alone; the rest is worth a line, but a broken
+    /// pool fails every request, so the lines get rarer.
     #[cold]
     fn refuse(self, error: &Error) -> i32 {
         if error.kind() != ErrorKind::OutOfSpace {
-            tracing::warn!(request = ?self, "a request failed: {}", Causes(error));
+            let count = REFUSED.fetch_add(1, Ordering::Relaxed) + 1;
+            if count.is_power_of_two() {
+                tracing::warn!(request = ?self, count, "a request failed: {}", Causes(error));
+            }
         }
         -error.errno()
     }

@@ -367,3 +367,20 @@ impl fmt::Debug for Served {
         debug.finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_can_be_kept_by_any_thread() {
+        fn is_shareable<T: Send + Sync>() {}
+        is_shareable::<Served>();
+    }
+
+    #[test]
+    fn a_mark_tells_our_devices() {
+        assert!(is_ours(MARK | 7));
+        assert!(!is_ours(0));
+    }
+}

@@ -85,6 +85,14 @@ pub(super) fn add(
     // Otherwise it would delete the device on its way out.
     control.disown();
     let dev_id = control.dev_info().dev_id;
+    // libublk takes EBUSY for success, so the driver is asked whether it really has the device, and this one.
+    let info = commands.info(dev_id).map_err(cannot_control)?;
+    if info.is_none_or(|info| info.ublksrv_flags != mark) {
+        return Err(cannot_add(
+            &UblkError::OtherError(-libc::EBUSY),
+            options.dev_id,
+        ));
+    }
     let opened = open_with(commands, &control, pool_fd, true);
     if opened.is_err()
         && let Err(error) = commands.delete(dev_id)
