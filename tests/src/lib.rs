@@ -1,3 +1,5 @@
 //! The shared kit of the suites.
 
 pub mod guest;
+pub mod model;
+pub mod sim_device;

@@ -33,24 +33,33 @@ pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageI
 /// Gives every catalog page that changed, and those above it, a new place and encodes it.
 pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)>, Fault> {
     let sizes = level_sizes(metadata.catalog.slot_count());
+    let size = |level: usize| sizes.get(level).copied().unwrap_or(0);
     let mut dirty: Vec<BTreeSet<usize>> = Vec::new();
+    let mut gone: Vec<PagePtr> = Vec::new();
     let mut pages = metadata.catalog.dirty_pages().clone();
-    for _ in &sizes {
+    for level in 0..sizes.len().max(metadata.catalog_places.len()) {
+        let places = metadata.catalog_places.get(level).map_or(&[][..], Vec::as_slice);
+        let kept = size(level).min(places.len());
+        gone.extend(places[kept..].iter().flatten());
+        pages.extend(kept..places.len());
         let above = pages.iter().map(|page| page / CATALOG_INDEX_ENTRIES).collect();
+        pages.retain(|page| *page < size(level));
+        for old in pages.iter().filter_map(|page| places.get(*page).copied().flatten()) {
+            metadata.space.referenced(old.pba)?;
+        }
         dirty.push(std::mem::replace(&mut pages, above));
     }
-    let places = &metadata.catalog_places;
-    let old = |level: usize, page: usize| places.get(level).and_then(|level| level.get(page)).copied().flatten();
-    for (level, pages) in dirty.iter().enumerate() {
-        for ptr in pages.iter().filter_map(|page| old(level, *page)) {
-            metadata.space.referenced(ptr.pba)?;
-        }
+    for ptr in &gone {
+        metadata.space.referenced(ptr.pba)?;
     }
     let count: usize = dirty.iter().map(BTreeSet::len).sum();
     metadata.space.set_aside(count as u64)?;
 
     // From here on nothing can be missing.
     metadata.catalog.take_dirty_pages();
+    for ptr in gone {
+        metadata.space.release(ptr.pba, None);
+    }
     metadata.catalog_places.resize(sizes.len(), Vec::new());
     for (places, size) in metadata.catalog_places.iter_mut().zip(&sizes) {
         places.resize(*size, None);

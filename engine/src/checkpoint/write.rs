@@ -113,7 +113,7 @@ impl Checkpoints {
         let fits = ledger.write_if_fits(device, &mut commit, &batch).await?;
         let (cut, chain) = (commit.tail.next, commit.tail.chain);
         // Where the journal has no room for what the checkpoint covers, nobody may append behind the gap.
-        let held = if fits { None } else { Some(commit) };
+        let held = (!fits).then_some(commit);
 
         ledger.poison_on(write_pages(device, ledger.pool, &frozen).await)?;
         ledger.poison_on(device.flush().await)?;

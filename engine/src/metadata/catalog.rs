@@ -240,6 +240,11 @@ impl Catalog {
             self.free_slots.insert(volume.slot);
             self.dirty_pages.insert(volume.slot / SLOTS_PER_PAGE);
         }
+        // Slots at the end go, so that an emptied catalog takes no pages.
+        while self.slots.last().is_some_and(Option::is_none) {
+            self.slots.pop();
+            self.free_slots.remove(&self.slots.len());
+        }
     }
 
     /// Catalog pages that changed since they were last taken.

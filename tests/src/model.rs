@@ -1,0 +1,619 @@
+//! A pool as a test understands it: a map from block to stamp for each volume and snapshot, driven by seeded random
+//! operations beside the real pool, and compared with it block by block.
+//!
+//! After a crash a block of a volume may hold what the last flush covered or anything written later: the window. Each
+//! stamp is unique, so a foreign or an old block is recognised.
+
+use crate::sim_device::{Loss, SimDevice};
+use blockfork::clock::ManualClock;
+use blockfork::device::BlockBuf;
+use blockfork::error::ErrorKind;
+use blockfork::name::{Name, VolumePath};
+use blockfork::pool::{Attached, CreateOptions, OpenOptions, Pool, Redirect, RingPlace, VolumeOptions};
+use blockfork::units::{PoolId, Timestamp};
+use fastrand::Rng;
+use futures_lite::future::block_on;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What a block holds: 0 for zeros, else a stamp that no other write has.
+pub type Stamp = u64;
+
+/// The blocks of a volume or snapshot as the model has them, and what a crash may turn them into.
+#[derive(Clone, Debug, Default)]
+struct Content {
+    blocks: u64,
+    now: BTreeMap<u64, Stamp>,
+    /// Everything that each block held since the last flush, the value at that flush included.
+    window: BTreeMap<u64, BTreeSet<Stamp>>,
+}
+
+impl Content {
+    fn get(&self, lba: u64) -> Stamp {
+        self.now.get(&lba).copied().unwrap_or(0)
+    }
+
+    fn set(&mut self, lba: u64, stamp: Stamp) {
+        let old = self.get(lba);
+        self.window.entry(lba).or_insert_with(|| BTreeSet::from([old])).insert(stamp);
+        self.now.insert(lba, stamp);
+    }
+
+    fn flushed(&mut self) {
+        self.window.clear();
+    }
+}
+
+/// A pool and its model.
+#[derive(Debug)]
+pub struct Pair {
+    device: SimDevice,
+    pool: Option<Arc<Pool>>,
+    volumes: BTreeMap<String, Content>,
+    snapshots: BTreeMap<(String, String), Content>,
+    attached: BTreeMap<String, Arc<Attached>>,
+    next_stamp: Stamp,
+    next_name: u64,
+    rng: Rng,
+    ring: Option<PathBuf>,
+    clock: Arc<ManualClock>,
+    redirect: Redirect,
+    max_blocks: u64,
+}
+
+fn path(volume: &str, snapshot: Option<&str>) -> VolumePath {
+    VolumePath {
+        volume: volume.parse().unwrap(),
+        snapshot: snapshot.map(|name| name.parse().unwrap()),
+    }
+}
+
+fn fill(buffer: &mut [u8], stamp: Stamp) {
+    for word in buffer.chunks_exact_mut(8) {
+        word.copy_from_slice(&stamp.to_le_bytes());
+    }
+}
+
+fn stamp_of(block: &[u8]) -> Stamp {
+    let stamp = Stamp::from_le_bytes(block[..8].try_into().unwrap());
+    assert!(
+        block.chunks_exact(8).all(|word| word == &block[..8]),
+        "a block holds a mix of stamps, the first {stamp}"
+    );
+    stamp
+}
+
+impl Pair {
+    /// A new pool of `pool_blocks` with one volume, driven by `seed`.
+    pub fn new(seed: u64, pool_blocks: u64, with_ring: bool) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let ring = with_ring.then(|| {
+            std::env::temp_dir().join(format!("blockfork-model-{}-{seed}.ring", std::process::id()))
+        });
+        let redirect = if rng.u8(..4) == 0 { Redirect::Always } else { Redirect::Shared };
+        // A block written in place tears where the device below does; one that is redirected never does.
+        let sector = if redirect == Redirect::Always { 512 } else { 4096 };
+        let mut pair = Self {
+            device: SimDevice::with_sector(pool_blocks, sector),
+            pool: None,
+            volumes: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            attached: BTreeMap::new(),
+            next_stamp: 1,
+            next_name: 0,
+            redirect,
+            max_blocks: if rng.bool() { 700 } else { 200_000 },
+            rng,
+            ring,
+            clock: Arc::new(ManualClock::default()),
+        };
+        let options = CreateOptions {
+            name: "p".parse().unwrap(),
+            id: PoolId([seed.to_le_bytes()[0]; 16]),
+            blocks: pool_blocks,
+            created: Timestamp(1),
+        };
+        block_on(Pool::create(&pair.device, options)).unwrap();
+        pair.open();
+        pair.create();
+        pair
+    }
+
+    fn pool(&self) -> &Arc<Pool> {
+        self.pool.as_ref().unwrap()
+    }
+
+    fn open(&mut self) {
+        let ring = match &self.ring {
+            Some(path) => RingPlace::File {
+                path: path.clone(),
+                boot_id: [1; 16],
+            },
+            None => RingPlace::Nowhere,
+        };
+        let options = OpenOptions {
+            read_only: false,
+            device_blocks: self.device.blocks(),
+            ring,
+            clock: self.clock.clone(),
+        };
+        let pool = block_on(Pool::open(&self.device, options)).expect("the pool opens");
+        self.pool = Some(Arc::new(pool));
+    }
+
+    fn fresh_name(&mut self) -> String {
+        self.next_name += 1;
+        format!("n{}", self.next_name)
+    }
+
+    fn attached(&mut self, volume: &str) -> Arc<Attached> {
+        if let Some(attached) = self.attached.get(volume) {
+            return Arc::clone(attached);
+        }
+        let attached = self.pool().attach(&path(volume, None), false).unwrap();
+        self.attached.insert(volume.to_owned(), Arc::clone(&attached));
+        attached
+    }
+
+    fn flushed(&mut self) {
+        for content in self.volumes.values_mut() {
+            content.flushed();
+        }
+    }
+
+    fn pick_volume(&mut self) -> Option<String> {
+        let names: Vec<String> = self.volumes.keys().cloned().collect();
+        self.rng.choice(names)
+    }
+
+    fn pick_snapshot(&mut self) -> Option<(String, String)> {
+        let names: Vec<(String, String)> = self.snapshots.keys().cloned().collect();
+        self.rng.choice(names)
+    }
+
+    /// A place in a volume, near others so that writes meet.
+    fn pick_range(&mut self, blocks: u64, most: u64) -> (u64, u64) {
+        let start = match self.rng.u8(..4) {
+            0 => self.rng.u64(..blocks),
+            1 => self.rng.u64(..blocks.min(64)),
+            2 => (512 + self.rng.u64(..8)).min(blocks - 1).saturating_sub(4),
+            _ => self.rng.u64(..blocks.min(1100)),
+        };
+        let count = 1 + self.rng.u64(..most);
+        (start, count.min(blocks - start))
+    }
+
+    fn create(&mut self) {
+        let name = self.fresh_name();
+        let blocks = 1 + self.rng.u64(..self.max_blocks);
+        let options = VolumeOptions {
+            bytes: blocks * 4096,
+            sector_bytes: 4096,
+            redirect: self.redirect,
+        };
+        let name_typed: Name = name.parse().unwrap();
+        match block_on(self.pool().create_volume(&self.device, &name_typed, options)) {
+            Ok(_) => {
+                self.flushed();
+                let content = Content {
+                    blocks,
+                    ..Content::default()
+                };
+                self.volumes.insert(name, content);
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Io, "{error}"),
+        }
+    }
+
+    /// Writes, discards or zeroes; true if the device failed.
+    fn change_blocks(&mut self) -> bool {
+        let Some(volume) = self.pick_volume() else { return false };
+        let blocks = self.volumes[&volume].blocks;
+        let (start, count) = self.pick_range(blocks, 20);
+        let attached = self.attached(&volume);
+        let content = self.volumes.get_mut(&volume).unwrap();
+        let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
+        let (offset, bytes) = (start * 4096, count * 4096);
+        let kind = self.rng.u8(..10);
+        let result = if kind < 7 {
+            for block in buffer.chunks_exact_mut(4096) {
+                fill(block, self.next_stamp);
+                self.next_stamp += 1;
+            }
+            block_on(attached.write(&self.device, offset, &buffer))
+        } else if kind < 9 {
+            block_on(attached.discard(&self.device, offset, bytes))
+        } else {
+            let keep_space = self.rng.bool();
+            block_on(attached.write_zeroes(&self.device, offset, bytes, keep_space))
+        };
+        match result {
+            Ok(()) => {
+                for (lba, block) in (start..).zip(buffer.chunks_exact(4096)) {
+                    content.set(lba, stamp_of(block));
+                }
+                false
+            }
+            Err(error) => {
+                // Whatever part of it took place: each block holds one or the other.
+                for (lba, block) in (start..).zip(buffer.chunks_exact(4096)) {
+                    let old = content.get(lba);
+                    content.set(lba, stamp_of(block));
+                    content.now.insert(lba, old);
+                }
+                if error.kind() == ErrorKind::OutOfSpace {
+                    self.adopt(&volume, start, count);
+                    return false;
+                }
+                assert!(matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned), "{error}");
+                true
+            }
+        }
+    }
+
+    /// After a request that failed halfway: takes over what the blocks hold, which must be old or new.
+    fn adopt(&mut self, volume: &str, start: u64, count: u64) {
+        let attached = self.attached(volume);
+        let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
+        block_on(attached.read(&self.device, start * 4096, &mut buffer)).unwrap();
+        let content = self.volumes.get_mut(volume).unwrap();
+        for (lba, block) in (start..).zip(buffer.chunks_exact(4096)) {
+            let stamp = stamp_of(block);
+            assert!(content.window[&lba].contains(&stamp), "block {lba} holds {stamp}");
+            content.now.insert(lba, stamp);
+        }
+    }
+
+    fn snapshot(&mut self) -> bool {
+        let count = 1 + self.rng.usize(..2);
+        let mut volumes: Vec<String> = self.volumes.keys().cloned().collect();
+        self.rng.shuffle(&mut volumes);
+        volumes.truncate(count);
+        let name = self.fresh_name();
+        let targets: Vec<VolumePath> = volumes.iter().map(|volume| path(volume, Some(&name))).collect();
+        if targets.is_empty() {
+            return false;
+        }
+        match block_on(self.pool().snapshot(&self.device, &targets)) {
+            Ok(()) => {
+                self.flushed();
+                for volume in volumes {
+                    let content = self.volumes[&volume].clone();
+                    self.snapshots.insert((volume, name.clone()), content);
+                }
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    #[expect(clippy::unused_self, reason = "reads as a step of the run")]
+    fn failed(&self, error: &blockfork::error::Error) -> bool {
+        assert!(
+            matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned | ErrorKind::OutOfSpace),
+            "{error}"
+        );
+        error.kind() != ErrorKind::OutOfSpace
+    }
+
+    fn clone_snapshot(&mut self) -> bool {
+        let Some((volume, snapshot)) = self.pick_snapshot() else { return false };
+        let name = self.fresh_name();
+        let made = block_on(self.pool().clone_snapshot(&self.device, &path(&volume, Some(&snapshot)), &name.parse().unwrap()));
+        match made {
+            Ok(_) => {
+                self.flushed();
+                let content = self.snapshots[&(volume, snapshot)].clone();
+                self.volumes.insert(name, content);
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn rollback(&mut self) -> bool {
+        let Some((volume, snapshot)) = self.pick_snapshot() else { return false };
+        match block_on(self.pool().rollback(&self.device, &path(&volume, Some(&snapshot)))) {
+            Ok(()) => {
+                self.flushed();
+                let content = self.snapshots[&(volume.clone(), snapshot)].clone();
+                self.volumes.insert(volume, content);
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn remove(&mut self) -> bool {
+        let targets = if self.rng.bool() {
+            self.pick_snapshot().map(|(volume, snapshot)| (volume, Some(snapshot)))
+        } else if self.volumes.len() > 1 {
+            self.pick_volume().map(|volume| (volume, None))
+        } else {
+            None
+        };
+        let Some((volume, snapshot)) = targets else { return false };
+        if snapshot.is_none() {
+            self.attached.remove(&volume);
+        }
+        let target = path(&volume, snapshot.as_deref());
+        match block_on(self.pool().remove(&self.device, &[target], true, false)) {
+            Ok(_) => {
+                self.flushed();
+                if let Some(snapshot) = snapshot {
+                    self.snapshots.remove(&(volume, snapshot));
+                } else {
+                    self.snapshots.retain(|(of, _), _| *of != volume);
+                    self.volumes.remove(&volume);
+                }
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn resize(&mut self) -> bool {
+        let Some(volume) = self.pick_volume() else { return false };
+        let blocks = 1 + self.rng.u64(..self.max_blocks);
+        self.attached.remove(&volume);
+        match block_on(self.pool().resize(&self.device, &volume.parse().unwrap(), blocks * 4096, true)) {
+            Ok(()) => {
+                self.flushed();
+                let content = self.volumes.get_mut(&volume).unwrap();
+                content.blocks = blocks;
+                content.now.retain(|lba, _| *lba < blocks);
+                false
+            }
+            Err(error) if error.kind() == ErrorKind::OutOfSpace => {
+                // What was to be cut off may be gone in part.
+                let content = self.volumes.get_mut(&volume).unwrap();
+                let cut: Vec<u64> = content.now.range(blocks.min(content.blocks)..).map(|(lba, _)| *lba).collect();
+                for lba in cut {
+                    let old = content.get(lba);
+                    content.set(lba, 0);
+                    content.now.insert(lba, old);
+                    self.adopt(&volume, lba, 1);
+                    let content = self.volumes.get_mut(&volume).unwrap();
+                    let _ = content;
+                    return self.adopt_all(&volume);
+                }
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn adopt_all(&mut self, volume: &str) -> bool {
+        let held: Vec<u64> = self.volumes[volume].now.keys().copied().collect();
+        for lba in held {
+            let content = self.volumes.get_mut(volume).unwrap();
+            let old = content.get(lba);
+            content.set(lba, 0);
+            content.now.insert(lba, old);
+            self.adopt(volume, lba, 1);
+        }
+        false
+    }
+
+    fn flush(&mut self) -> bool {
+        match block_on(self.pool().flush(&self.device)) {
+            Ok(()) => {
+                self.flushed();
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn maintain(&mut self) -> bool {
+        self.clock.advance_ns(self.rng.u64(..3_000_000_000));
+        match block_on(self.pool().maintain(&self.device)) {
+            Ok(_) => false,
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn checkpoint(&mut self) -> bool {
+        match block_on(self.pool().checkpoint(&self.device)) {
+            Ok(()) => {
+                self.flushed();
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    /// One random operation; true if the device failed under it.
+    fn step(&mut self) -> bool {
+        match self.rng.u8(..100) {
+            0..60 => self.change_blocks(),
+            60..67 => self.flush(),
+            67..74 => self.snapshot(),
+            74..78 => self.clone_snapshot(),
+            78..81 => self.rollback(),
+            81..85 => self.remove(),
+            85..87 => self.resize(),
+            87..95 => self.maintain(),
+            95..98 => self.checkpoint(),
+            98 if self.volumes.len() < 6 => {
+                self.create();
+                false
+            }
+            _ => {
+                self.compare_some();
+                false
+            }
+        }
+    }
+
+    /// Runs `steps` operations, then closes or crashes, and compares everything. Repeats `rounds` times.
+    pub fn run(&mut self, rounds: u32, steps: u32) {
+        for _ in 0..rounds {
+            for _ in 0..steps {
+                self.step();
+            }
+            match self.rng.u8(..4) {
+                0 => self.reopen_clean(),
+                1 => self.crash(Loss::None),
+                2 => self.crash(Loss::All),
+                _ => self.crash(Loss::Some),
+            }
+            self.compare_all();
+            self.check();
+        }
+        self.remove_everything();
+    }
+
+    fn reopen_clean(&mut self) {
+        self.attached.clear();
+        block_on(self.pool().close(&self.device)).unwrap();
+        self.flushed();
+        self.pool = None;
+        let mut rng = self.rng.fork();
+        self.device.restart(Loss::All, &mut rng);
+        self.open();
+    }
+
+    /// The process dies somewhere in the next operations; with a power cut or without.
+    fn crash(&mut self, loss: Loss) {
+        // Nothing but the last operation may be under way when it happens.
+        let with_power = loss == Loss::None && self.ring.is_some();
+        let before: (BTreeMap<_, _>, BTreeMap<_, _>) = (self.volumes.clone(), self.snapshots.clone());
+        self.device.fail_after(self.rng.u64(..12));
+        let mut unsure = None;
+        for _ in 0..20 {
+            let state = (self.volumes.clone(), self.snapshots.clone());
+            // Only block changes, flushes and background work: what a failed command left is compared elsewhere.
+            let failed = match self.rng.u8(..4) {
+                0 => self.flush(),
+                1 => self.maintain(),
+                _ => self.change_blocks(),
+            };
+            if failed {
+                unsure = Some(state);
+                break;
+            }
+        }
+        drop((before, unsure));
+        self.attached.clear();
+        self.pool = None;
+        let mut rng = self.rng.fork();
+        self.device.restart(loss, &mut rng);
+        if loss != Loss::None
+            && let Some(ring) = &self.ring
+        {
+            // The tmpfs is gone with the power.
+            let _gone = std::fs::remove_file(ring);
+        }
+        self.open();
+        self.resolve(with_power);
+    }
+
+    /// Takes over what a crash left, each block within its window; with a ring and power, nothing may be lost.
+    fn resolve(&mut self, nothing_lost: bool) {
+        let names: Vec<String> = self.volumes.keys().cloned().collect();
+        for volume in names {
+            let attached = self.attached(&volume);
+            let content = self.volumes.get_mut(&volume).unwrap();
+            let mut buffer = BlockBuf::zeroed(1);
+            for (lba, window) in std::mem::take(&mut content.window) {
+                if lba >= content.blocks {
+                    continue;
+                }
+                block_on(attached.read(&self.device, lba * 4096, &mut buffer)).unwrap();
+                let stamp = stamp_of(&buffer);
+                assert!(window.contains(&stamp), "{volume} block {lba}: {stamp} is not in {window:?}");
+                let expected = content.now.get(&lba).copied().unwrap_or(0);
+                // The last request may have failed after it took effect; its stamp is the youngest.
+                let is_youngest = window.last() == Some(&stamp);
+                assert!(
+                    !nothing_lost || stamp == expected || is_youngest || stamp == 0,
+                    "{volume} block {lba}: {stamp} instead of {expected}, though only the process died"
+                );
+                content.now.insert(lba, stamp);
+            }
+        }
+    }
+
+    fn compare_some(&mut self) {
+        if let Some((volume, snapshot)) = self.pick_snapshot() {
+            self.compare(&volume, Some(&snapshot));
+        }
+        if let Some(volume) = self.pick_volume() {
+            self.compare(&volume, None);
+        }
+    }
+
+    /// Compares every volume and snapshot with its model.
+    pub fn compare_all(&mut self) {
+        let volumes: Vec<String> = self.volumes.keys().cloned().collect();
+        let snapshots: Vec<(String, String)> = self.snapshots.keys().cloned().collect();
+        for volume in &volumes {
+            self.compare(volume, None);
+        }
+        for (volume, snapshot) in &snapshots {
+            self.compare(volume, Some(snapshot));
+        }
+        let listed = block_on(self.pool().list(&self.device)).unwrap();
+        assert_eq!(listed.len(), volumes.len() + snapshots.len());
+    }
+
+    fn compare(&mut self, volume: &str, snapshot: Option<&str>) {
+        let (attached, content) = match snapshot {
+            None => (self.attached(volume), &self.volumes[volume]),
+            Some(name) => {
+                let attached = self.pool().attach(&path(volume, snapshot), true).unwrap();
+                (attached, &self.snapshots[&(volume.to_owned(), name.to_owned())])
+            }
+        };
+        assert_eq!(attached.bytes(), content.blocks * 4096);
+        // The blocks that the model knows, and the neighbourhoods that operations use.
+        let near = (0..content.blocks.min(1200)).chain(content.now.keys().copied());
+        let mut buffer = BlockBuf::zeroed(1);
+        for lba in near {
+            block_on(attached.read(&self.device, lba * 4096, &mut buffer)).unwrap();
+            let stamp = stamp_of(&buffer);
+            let expected = content.get(lba);
+            assert_eq!(stamp, expected, "{} block {lba}", path(volume, snapshot));
+        }
+    }
+
+    fn check(&mut self) {
+        let report = block_on(self.pool().check(&self.device, &mut |_, _| {})).unwrap();
+        assert_eq!(report.damage, Vec::<String>::new());
+        assert_eq!(report.leaked_blocks, 0);
+    }
+
+    fn remove_everything(&mut self) {
+        self.attached.clear();
+        let all: Vec<VolumePath> = self.volumes.keys().map(|volume| path(volume, None)).collect();
+        if !all.is_empty() {
+            block_on(self.pool().remove(&self.device, &all, true, false)).unwrap();
+        }
+        while block_on(self.pool().maintain(&self.device)).unwrap() {}
+        self.check();
+        for _ in 0..2 {
+            block_on(self.pool().checkpoint(&self.device)).unwrap();
+        }
+        let status = self.pool().status();
+        assert_eq!(status.pending_bytes, 0, "{status:?}");
+        self.pool = None;
+        self.open();
+        let used = self.pool().status().used_bytes;
+        let fresh = SimDevice::new(self.device.blocks());
+        let options = CreateOptions {
+            name: "p".parse().unwrap(),
+            id: PoolId([1; 16]),
+            blocks: fresh.blocks(),
+            created: Timestamp(1),
+        };
+        block_on(Pool::create(&fresh, options)).unwrap();
+        self.device = fresh;
+        self.open();
+        assert_eq!(used, self.pool().status().used_bytes, "used, against an empty pool");
+        if let Some(ring) = &self.ring {
+            let _gone = std::fs::remove_file(ring);
+        }
+    }
+}
