@@ -1,0 +1,429 @@
+//! The command line: what can be typed. The doc comments are the help texts and the source of docs/cli.md.
+
+use crate::output::Format;
+use crate::size;
+use blockfork::name::{Name, Target, VolumePath};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Volumes that fork: create, snapshot, clone, roll back and attach them as block devices
+///
+/// A pool is a file or a block device that holds volumes. A snapshot of a volume takes no time and no space,
+/// whatever the volume's size. A volume or a snapshot is attached as /dev/ublkbN.
+///
+/// Names are POOL, POOL/VOLUME and POOL/VOLUME@SNAPSHOT: letters, digits and `_ - . :`. Sizes are powers of 1024:
+/// 10G is 10 GiB.
+///
+/// Exit codes: 0 ok, 1 failed, 2 usage, 3 out of space, 4 corrupt; `pool check`: 0 clean, 4 corrupt, 5 leaks only.
+///
+/// `$UBLKCTL_STATE_DIR` (/var/lib/ublkctl) knows where each pool lives; `$UBLKCTL_RUNTIME_DIR` (/run/ublkctl) holds
+/// the daemons' sockets, pid files and logs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ublkctl",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What `ublkctl` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create, import, look at, grow, check and destroy pools
+    Pool {
+        /// What to do with a pool.
+        #[command(subcommand)]
+        command: PoolCommand,
+    },
+    /// Create an empty volume
+    Create(Create),
+    /// Change the size of a volume; a larger one grows online where the kernel can
+    Resize(Resize),
+    /// Rename a volume, with its snapshots, or a snapshot within its volume
+    Rename {
+        /// POOL/VOLUME or POOL/VOLUME@SNAPSHOT
+        #[arg(value_parser = path_target)]
+        from: PathTarget,
+        /// The new name, in the same pool
+        #[arg(value_parser = path_target)]
+        to: PathTarget,
+    },
+    /// Remove volumes and snapshots, in any order, whether clones exist or not
+    Rm(Rm),
+    /// Take snapshots; several targets are one point in time
+    #[command(alias = "snap")]
+    Snapshot {
+        /// POOL/VOLUME@SNAPSHOT, all in one pool
+        #[arg(required = true, value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
+        targets: Vec<PathTarget>,
+    },
+    /// Make a volume that begins as a snapshot is
+    Clone {
+        /// POOL/VOLUME@SNAPSHOT
+        #[arg(value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
+        snapshot: PathTarget,
+        /// POOL/NEW, in the same pool
+        #[arg(value_name = "POOL/NEW", value_parser = volume_target)]
+        volume: PathTarget,
+    },
+    /// Turn a volume back to one of its snapshots; newer snapshots stay
+    ///
+    /// What the volume holds now is gone, unless a snapshot has it. An attached volume is rolled back in place if
+    /// nobody has it open; a mounted one is refused.
+    Rollback {
+        /// POOL/VOLUME@SNAPSHOT
+        #[arg(value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
+        snapshot: PathTarget,
+    },
+    /// Serve a volume, or a snapshot read-only, as a block device and print its path
+    Attach(Attach),
+    /// Take block devices away; refused while they are mounted or open
+    Detach(Detach),
+    /// List volumes and snapshots
+    #[command(alias = "ls")]
+    List(List),
+    /// Print where a volume differs from one of its snapshots: offset, length, data or zero
+    Diff(Diff),
+    /// Print the counters of pools and attached volumes
+    Stats(Stats),
+    /// Serve a pool in the foreground
+    ///
+    /// Takes back the devices of a daemon that died. SIGTERM and SIGINT make everything durable and end it; devices
+    /// that are still attached wait for the next daemon.
+    Serve {
+        /// The pool
+        pool: Name,
+        /// Be the daemon that another command starts: leave its session, end with the last device
+        #[arg(long, hide = true)]
+        detached: bool,
+    },
+    /// Start the daemon of a pool whose daemon died, and take its devices back
+    Recover {
+        /// The pool
+        pool: Name,
+    },
+    /// Say whether this machine is able to attach volumes, and what to do if it is not
+    Doctor {
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory, which exists
+        directory: PathBuf,
+    },
+}
+
+/// What can be done with pools.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// Make a pool in a file or on a block device
+    ///
+    /// A file that is not there is made, sparse, of --size. What is there is used whole, and refused if it holds
+    /// anything that is recognised: a pool, a file system, a partition table and so on, or for a file, any data.
+    Create {
+        /// The pool's name
+        name: Name,
+        /// A file or a block device
+        path: PathBuf,
+        /// The pool's size, of a new file or up to what is there
+        #[arg(short, long, value_parser = size::parse)]
+        size: Option<u64>,
+        /// Use it whatever it holds; that is lost
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Make a pool known that was created elsewhere, or exported
+    Import {
+        /// A file or a block device
+        path: PathBuf,
+    },
+    /// Close a pool and forget where it lives; its volumes stay in it
+    Export {
+        /// The pool
+        name: Name,
+        /// Forget it even if its file is gone or cannot be closed
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// List the pools that this machine knows
+    #[command(alias = "ls")]
+    List {
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Print the state of a pool
+    Status {
+        /// The pool
+        name: Name,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Take more space into use: extend the pool's file to SIZE, or use what its device has by now
+    Grow {
+        /// The pool
+        name: Name,
+        /// The new size
+        #[arg(value_parser = size::parse)]
+        size: u64,
+    },
+    /// Verify all metadata of a pool
+    ///
+    /// Exits with 0 if it is clean, 4 if it is corrupt, 5 if blocks are lost and nothing is damaged.
+    Check {
+        /// A pool's name, or the path of its file or device
+        #[arg(value_name = "NAME|PATH")]
+        pool: String,
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Destroy a pool with all its volumes and snapshots; its file stays, without them
+    Destroy {
+        /// The pool
+        name: Name,
+        /// Really do it
+        #[arg(short, long, required_unless_present = "dry_run")]
+        force: bool,
+        /// Only say what would go
+        #[arg(short = 'n', long)]
+        dry_run: bool,
+    },
+}
+
+/// Options of `create`.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// POOL/VOLUME
+    #[arg(value_name = "POOL/VOLUME", value_parser = volume_target)]
+    pub(crate) volume: PathTarget,
+    /// Its size
+    #[arg(short, long, value_parser = size::parse)]
+    pub(crate) size: u64,
+    /// Its logical sector; 512 for what cannot do with 4096
+    #[arg(long, value_name = "BYTES", default_value_t = 4096, value_parser = sector_bytes)]
+    pub(crate) sector_size: u32,
+    /// Which writes go to newly allocated blocks; with `always` a power cut never tears a block
+    #[arg(long, value_enum, default_value_t = Redirect::Shared)]
+    pub(crate) redirect: Redirect,
+}
+
+/// Which writes are redirected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Redirect {
+    /// Those to blocks that a snapshot or clone shares
+    Shared,
+    /// Every one
+    Always,
+}
+
+/// Options of `resize`.
+#[derive(Debug, Args)]
+pub(crate) struct Resize {
+    /// POOL/VOLUME
+    #[arg(value_name = "POOL/VOLUME", value_parser = volume_target)]
+    pub(crate) volume: PathTarget,
+    /// The new size
+    #[arg(value_parser = size::parse)]
+    pub(crate) size: u64,
+    /// Allow a smaller size; what lies beyond it is lost. Never while attached
+    #[arg(long)]
+    pub(crate) allow_shrink: bool,
+}
+
+/// Options of `rm`.
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// POOL/VOLUME or POOL/VOLUME@SNAPSHOT, all in one pool
+    #[arg(required = true, value_name = "TARGET", value_parser = path_target)]
+    pub(crate) targets: Vec<PathTarget>,
+    /// Only say what would go and how much space would come back
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Remove the snapshots of the volumes too
+    #[arg(short, long)]
+    pub(crate) recursive: bool,
+    /// Wait until the space has come back, which is background work of the daemon
+    #[arg(short, long)]
+    pub(crate) wait: bool,
+}
+
+/// Options of `attach`.
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// POOL/VOLUME or POOL/VOLUME@SNAPSHOT
+    #[arg(value_name = "POOL/VOLUME[@SNAPSHOT]", value_parser = path_target)]
+    pub(crate) target: PathTarget,
+    /// Refuse writes, as a snapshot always does
+    #[arg(long, visible_alias = "ro")]
+    pub(crate) read_only: bool,
+    /// Hardware queues, each with a thread [default: the processors, at most 4]
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) queues: Option<u16>,
+    /// Requests in flight in each queue
+    #[arg(short, long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub(crate) depth: u16,
+}
+
+/// Options of `detach`.
+#[derive(Debug, Args)]
+pub(crate) struct Detach {
+    /// POOL/VOLUME[@SNAPSHOT] or /dev/ublkbN; with --all, pools
+    #[arg(value_name = "TARGET", required_unless_present = "all")]
+    pub(crate) targets: Vec<String>,
+    /// All devices, of the pools named or of every pool
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Take away even a device that no daemon serves and none can take back; unwritten data is lost
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// POOL, POOL/VOLUME or POOL/VOLUME@SNAPSHOT; all pools if there is none
+    #[arg(value_name = "TARGET")]
+    pub(crate) targets: Vec<Target>,
+    /// The columns
+    #[arg(
+        short = 'o',
+        long = "columns",
+        value_name = "COLUMNS",
+        value_enum,
+        value_delimiter = ','
+    )]
+    pub(crate) columns: Vec<Column>,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// A column of `list`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Column {
+    /// POOL/VOLUME or POOL/VOLUME@SNAPSHOT
+    Name,
+    /// volume or snapshot
+    Type,
+    /// Its size
+    Size,
+    /// What it maps
+    Used,
+    /// What removing it alone would free
+    Unique,
+    /// What it maps together with others
+    Shared,
+    /// The block device that serves it
+    Device,
+    /// Its age
+    Created,
+    /// The snapshot that it was cloned from or rolled back to
+    Origin,
+    /// Its logical sector in bytes
+    Sector,
+}
+
+/// Options of `diff`.
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// The older side, POOL/VOLUME@SNAPSHOT
+    #[arg(value_name = "POOL/VOLUME@A", value_parser = snapshot_target)]
+    pub(crate) from: PathTarget,
+    /// The newer side, a snapshot or the volume as it is now
+    #[arg(value_name = "POOL/VOLUME[@B]", value_parser = path_target)]
+    pub(crate) to: PathTarget,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// Options of `stats`.
+#[derive(Debug, Args)]
+pub(crate) struct Stats {
+    /// The pools; all if there is none
+    pub(crate) pools: Vec<Name>,
+    /// Count over this many seconds from now, rather than since each volume was attached
+    #[arg(short, long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) interval: Option<u64>,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// A volume or a snapshot, with its pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PathTarget {
+    /// The pool.
+    pub(crate) pool: Name,
+    /// The volume or snapshot.
+    pub(crate) path: VolumePath,
+}
+
+fn refuse<T>(text: &str, fact: &str) -> Result<T, blockfork::error::Error> {
+    let shown: String = text.chars().take(80).collect();
+    Err(blockfork::error::Error::with(
+        blockfork::error::ErrorKind::Invalid,
+        format!("{shown:?}: {fact}"),
+    ))
+}
+
+/// `POOL/VOLUME` or `POOL/VOLUME@SNAPSHOT`.
+pub(crate) fn path_target(text: &str) -> Result<PathTarget, blockfork::error::Error> {
+    let Target { pool, path } = text.parse()?;
+    match path {
+        Some(path) => Ok(PathTarget { pool, path }),
+        None => refuse(text, "names a pool; write POOL/VOLUME"),
+    }
+}
+
+fn volume_target(text: &str) -> Result<PathTarget, blockfork::error::Error> {
+    let target = path_target(text)?;
+    match target.path.snapshot {
+        None => Ok(target),
+        Some(_) => refuse(text, "names a snapshot; write POOL/VOLUME"),
+    }
+}
+
+fn snapshot_target(text: &str) -> Result<PathTarget, blockfork::error::Error> {
+    let target = path_target(text)?;
+    match target.path.snapshot {
+        Some(_) => Ok(target),
+        None => refuse(text, "names no snapshot; write POOL/VOLUME@SNAPSHOT"),
+    }
+}
+
+fn sector_bytes(text: &str) -> Result<u32, blockfork::error::Error> {
+    match text {
+        "512" => Ok(512),
+        "4096" | "4K" | "4k" => Ok(4096),
+        _ => refuse(text, "is no sector size; 4096 and 512 are"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn targets_are_what_a_command_wants() {
+        assert!(path_target("p0").is_err());
+        assert!(volume_target("p0/v@s").is_err());
+        assert!(snapshot_target("p0/v").is_err());
+        assert_eq!(snapshot_target("p0/v@s").unwrap().path.to_string(), "v@s");
+    }
+}

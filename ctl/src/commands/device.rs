@@ -1,0 +1,210 @@
+//! Block devices: attach, detach, and take back those of a daemon that died.
+
+use super::{ask, unexpected};
+use crate::cli::{Attach, Detach, path_target};
+use crate::client;
+use crate::devices::{Devices, Slot};
+use crate::exit_code::{FAILED, OK, one_line, printable};
+use crate::output;
+use crate::protocol::{DeviceRow, Reply, Request, Selection};
+use crate::state::{self, PoolEntry, Registry, Runtime, pools_with_devices};
+use crate::ublk_stub as ublk;
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::{Name, VolumePath};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::thread::available_parallelism;
+
+/// The most queues that are made unasked.
+const QUEUES_MAX_UNASKED: u16 = 4;
+
+/// Refuses where no device can be made at all, before a daemon is started for it.
+fn refuse_without_driver() -> Result<()> {
+    const CONTROL: &str = "/dev/ublk-control";
+    if Path::new(CONTROL).exists() {
+        return Ok(());
+    }
+    Err(Error::with(
+        ErrorKind::Unsupported,
+        format!(
+            "{CONTROL}: not there, this kernel has no ublk driver loaded; run `modprobe ublk_drv`, and see `ublkctl doctor`"
+        ),
+    ))
+}
+
+pub(super) fn attach(options: &Attach) -> Result<()> {
+    let (pool, path) = (&options.target.pool, &options.target.path);
+    Registry::from_env()?.find(pool)?;
+    refuse_without_driver()?;
+    let request = Request::Attach {
+        path: path.clone(),
+        read_only: options.read_only,
+        queues: options.queues.unwrap_or_else(queues),
+        depth: options.depth,
+    };
+    client::ensure_daemon(pool)?;
+    let Reply::Devices(rows) = ask(pool, &request, "attaching")? else {
+        return Err(unexpected());
+    };
+    rows.iter()
+        .try_for_each(|row| output::text(&format!("{}\n", row.device)))
+}
+
+fn queues() -> u16 {
+    let processors = available_parallelism().map_or(1, usize::from);
+    u16::try_from(processors)
+        .unwrap_or(QUEUES_MAX_UNASKED)
+        .min(QUEUES_MAX_UNASKED)
+}
+
+pub(super) fn detach(options: &Detach) -> Result<()> {
+    let mut chosen: BTreeMap<Name, Selection> = BTreeMap::new();
+    if options.all {
+        let mut pools = Vec::new();
+        for text in &options.targets {
+            pools.push(text.parse()?);
+        }
+        if pools.is_empty() {
+            pools = pools_with_devices()?;
+        }
+        chosen.extend(pools.into_iter().map(|pool| (pool, Selection::All)));
+    } else {
+        for text in &options.targets {
+            let (pool, path) = target(text)?;
+            match chosen
+                .entry(pool)
+                .or_insert_with(|| Selection::Paths(Vec::new()))
+            {
+                Selection::Paths(paths) if !paths.contains(&path) => paths.push(path),
+                Selection::Paths(_) | Selection::All => {}
+            }
+        }
+    }
+    for (pool, devices) in chosen {
+        detach_in(&pool, devices, options.force)?;
+    }
+    Ok(())
+}
+
+fn detach_in(pool: &Name, devices: Selection, force: bool) -> Result<()> {
+    let entry = Registry::from_env()?.find(pool)?;
+    if !client::is_served(pool)? {
+        let waiting = waiting(&entry)?;
+        if let Selection::Paths(paths) = &devices
+            && let Some(path) = paths.iter().find(|path| waiting.find(path).is_none())
+        {
+            return Err(Error::with(
+                ErrorKind::NotFound,
+                format!("{pool}/{path}: not attached"),
+            ));
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        // What the kernel still holds back for such a device needs a daemon to be written.
+        match client::ensure_daemon(pool) {
+            Err(e) if force => {
+                output::say(&format!(
+                    "{}; taking its devices away all the same",
+                    one_line(&e)
+                ));
+                return forget(waiting, &devices);
+            }
+            started => {
+                started?;
+            }
+        }
+    }
+    let Reply::Devices(_) = ask(pool, &Request::Detach { devices, force }, "detaching")? else {
+        return Err(unexpected());
+    };
+    Ok(())
+}
+
+/// The devices of a pool that no daemon serves. The pool may be beyond opening, so its own file is not asked.
+fn waiting(entry: &PoolEntry) -> Result<Devices> {
+    let runtime = Runtime::of(&entry.name)?;
+    Devices::load(&runtime, &entry.name, entry.id.clone(), state::boot_id()?)
+}
+
+/// Removes devices from the kernel that no daemon can take back.
+fn forget(mut devices: Devices, selection: &Selection) -> Result<()> {
+    let paths = match selection {
+        Selection::All => devices
+            .slots()
+            .iter()
+            .map(|slot| slot.entry.path.clone())
+            .collect(),
+        Selection::Paths(paths) => paths.clone(),
+    };
+    for path in paths {
+        if let Some(slot) = devices.take(&path) {
+            ublk::forget(slot.entry.state.dev_id)?;
+            devices.unlink(&slot.entry);
+            devices.save()?;
+        }
+    }
+    Ok(())
+}
+
+fn devices_of(pool: &Name) -> Result<Vec<DeviceRow>> {
+    if !client::is_served(pool)? {
+        let entry = Registry::from_env()?.find(pool)?;
+        return Ok(waiting(&entry)?.slots().iter().map(Slot::row).collect());
+    }
+    let Reply::Devices(rows) = ask(pool, &Request::Devices, "looking")? else {
+        return Err(unexpected());
+    };
+    Ok(rows)
+}
+
+/// What a word on the command line names: a volume or snapshot, or the device of one.
+fn target(text: &str) -> Result<(Name, VolumePath)> {
+    if !text.starts_with('/') {
+        let target = path_target(text)?;
+        return Ok((target.pool, target.path));
+    }
+    // A link by name leads to the device too.
+    let node = std::fs::canonicalize(text).unwrap_or_else(|_| text.into());
+    for pool in pools_with_devices()? {
+        let row = devices_of(&pool)?
+            .into_iter()
+            .find(|row| Path::new(&row.device) == node);
+        if let Some(row) = row {
+            return Ok((pool, row.path));
+        }
+    }
+    let shown = printable(text);
+    Err(Error::with(
+        ErrorKind::NotFound,
+        format!(
+            "{shown}: not a device that ublkctl attached; `ublkctl list -o name,device` shows those"
+        ),
+    ))
+}
+
+pub(super) fn recover(pool: &Name) -> Result<u8> {
+    Registry::from_env()?.find(pool)?;
+    // Nothing to take back is no reason to start a daemon.
+    if !client::is_served(pool)? && devices_of(pool)?.is_empty() {
+        output::say(&format!("{pool}: no device is waiting for a daemon"));
+        return Ok(OK);
+    }
+    refuse_without_driver()?;
+    client::ensure_daemon(pool)?;
+    let rows = devices_of(pool)?;
+    let mut code = OK;
+    for row in &rows {
+        if row.served {
+            output::text(&format!("{}\t{pool}/{}\n", row.device, row.path))?;
+        } else {
+            let fault = row.fault.as_deref().unwrap_or("nothing serves it");
+            output::say(&format!(
+                "{pool}/{}: {} is not back: {fault}",
+                row.path, row.device
+            ));
+            code = FAILED;
+        }
+    }
+    Ok(code)
+}

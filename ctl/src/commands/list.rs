@@ -1,0 +1,201 @@
+//! `list` and `diff`: what is in the pools.
+
+use super::{ask, unexpected};
+use crate::cli::{Column, Diff, List};
+use crate::exit_code::{OK, one_line};
+use crate::output::{self, Align, Format, Table};
+use crate::protocol::{Reply, Request, Row};
+use crate::state::Registry;
+use blockfork::clock::{Clock, SystemClock};
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::{Name, Target, VolumePath};
+use blockfork::pool::{DiffKind, EntryKind};
+use blockfork::units::Timestamp;
+use serde::Serialize;
+
+const COLUMNS: [Column; 8] = [
+    Column::Name,
+    Column::Type,
+    Column::Size,
+    Column::Used,
+    Column::Unique,
+    Column::Shared,
+    Column::Device,
+    Column::Created,
+];
+
+/// A row with its pool, as `--json` shows it.
+#[derive(Debug, Serialize)]
+struct Listed {
+    name: String,
+    pool: Name,
+    #[serde(flatten)]
+    row: Row,
+}
+
+pub(super) fn list(options: &List) -> Result<u8> {
+    let registry = Registry::from_env()?;
+    let mut rows = Vec::new();
+    let mut code = OK;
+    if options.targets.is_empty() {
+        for entry in registry.all()? {
+            // A pool that cannot be read does not hide the others.
+            match rows_of(&entry.name) {
+                Ok(found) => rows.extend(found),
+                Err(e) => {
+                    output::say(&one_line(&e));
+                    code = e.kind().exit_code();
+                }
+            }
+        }
+    }
+    for target in &options.targets {
+        let found = rows_of(&target.pool)?;
+        let before = rows.len();
+        rows.extend(
+            found
+                .into_iter()
+                .filter(|listed| is_meant(target, &listed.row.entry.path)),
+        );
+        if rows.len() == before && target.path.is_some() {
+            return Err(Error::with(
+                ErrorKind::NotFound,
+                format!(
+                    "{target}: not found; `ublkctl list {}` shows what is there",
+                    target.pool
+                ),
+            ));
+        }
+    }
+    if options.format.json {
+        output::json(&rows)?;
+        return Ok(code);
+    }
+    let columns = if options.columns.is_empty() {
+        &COLUMNS[..]
+    } else {
+        &options.columns
+    };
+    table(&rows, columns, options.format).print(options.format)?;
+    Ok(code)
+}
+
+/// A volume stands for its snapshots too.
+fn is_meant(target: &Target, path: &VolumePath) -> bool {
+    match &target.path {
+        None => true,
+        Some(wanted) => {
+            wanted == path || (wanted.snapshot.is_none() && wanted.volume == path.volume)
+        }
+    }
+}
+
+fn rows_of(pool: &Name) -> Result<Vec<Listed>> {
+    let Reply::List(rows) = ask(pool, &Request::List, "counting")? else {
+        return Err(unexpected());
+    };
+    let listed = |row: Row| Listed {
+        name: format!("{pool}/{}", row.entry.path),
+        pool: pool.clone(),
+        row,
+    };
+    Ok(rows.into_iter().map(listed).collect())
+}
+
+fn table(rows: &[Listed], columns: &[Column], format: Format) -> Table {
+    let now = SystemClock::new().now();
+    let mut table = Table::new(columns.iter().map(|&column| header(column)));
+    for listed in rows {
+        table.row(
+            columns
+                .iter()
+                .map(|&column| cell(listed, column, format, now))
+                .collect(),
+        );
+    }
+    table
+}
+
+fn header(column: Column) -> (&'static str, Align) {
+    match column {
+        Column::Name => ("name", Align::Left),
+        Column::Type => ("type", Align::Left),
+        Column::Size => ("size", Align::Right),
+        Column::Used => ("used", Align::Right),
+        Column::Unique => ("unique", Align::Right),
+        Column::Shared => ("shared", Align::Right),
+        Column::Device => ("device", Align::Left),
+        Column::Created => ("created", Align::Right),
+        Column::Origin => ("origin", Align::Left),
+        Column::Sector => ("sector", Align::Right),
+    }
+}
+
+fn cell(listed: &Listed, column: Column, format: Format, now: Timestamp) -> String {
+    let Listed { name, pool, row } = listed;
+    let entry = &row.entry;
+    match column {
+        Column::Name => name.clone(),
+        Column::Type => match entry.kind {
+            EntryKind::Volume => "volume".to_owned(),
+            EntryKind::Snapshot => "snapshot".to_owned(),
+        },
+        Column::Size => format.size(entry.size_bytes),
+        Column::Used => format.size(entry.used_bytes),
+        Column::Unique => format.size(entry.unique_bytes),
+        Column::Shared => format.size(entry.shared_bytes),
+        Column::Device => match &row.device {
+            // People should see that nothing answers there; scripts want the path.
+            Some(device) if !row.served && !format.no_header => format!("{device} (not served)"),
+            Some(device) => device.clone(),
+            None => String::new(),
+        },
+        Column::Created => format.moment(entry.created, now),
+        Column::Origin => entry
+            .origin
+            .as_ref()
+            .map_or_else(String::new, |origin| format!("{pool}/{origin}")),
+        Column::Sector => entry.sector_bytes.to_string(),
+    }
+}
+
+pub(super) fn diff(options: &Diff) -> Result<()> {
+    let Diff { from, to, format } = options;
+    if from.pool != to.pool {
+        return Err(Error::with(
+            ErrorKind::Invalid,
+            format!(
+                "{}/{} and {}/{} are in two pools",
+                from.pool, from.path, to.pool, to.path
+            ),
+        ));
+    }
+    let request = Request::Diff {
+        from: from.path.clone(),
+        to: to.path.clone(),
+    };
+    let Reply::Diff(extents) = ask(&from.pool, &request, "comparing")? else {
+        return Err(unexpected());
+    };
+    if format.json {
+        return output::json(&extents);
+    }
+    let mut table = Table::new([
+        ("offset", Align::Right),
+        ("length", Align::Right),
+        ("type", Align::Left),
+    ]);
+    for extent in extents {
+        let kind = match extent.kind {
+            DiffKind::Data => "data",
+            DiffKind::Zero => "zero",
+        };
+        // An offset is an address: rounded for people it would be of no use to them either.
+        table.row(vec![
+            extent.offset.to_string(),
+            extent.length.to_string(),
+            kind.to_owned(),
+        ]);
+    }
+    table.print(*format)
+}

@@ -1,0 +1,189 @@
+//! Volumes and snapshots: create, resize, rename, remove, snapshot, clone, roll back.
+
+use super::{ask, change, one_pool, unexpected};
+use crate::cli::{Create, PathTarget, Redirect, Resize, Rm};
+use crate::output;
+use crate::progress::Bar;
+use crate::protocol::{Reply, Request, Resized};
+use crate::size;
+use crate::{client, state};
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::limits::VOLUME_BYTES_MAX;
+use blockfork::name::Name;
+use blockfork::pool::{self, VolumeOptions};
+use std::fmt::Write;
+use std::thread;
+use std::time::Duration;
+
+/// How often to look whether the space has come back.
+const LOOK: Duration = Duration::from_millis(200);
+
+pub(super) fn create(options: &Create) -> Result<()> {
+    let PathTarget { pool, path } = &options.volume;
+    check_size(options.size, options.sector_size)?;
+    change(
+        pool,
+        &Request::Create {
+            volume: path.volume.clone(),
+            options: VolumeOptions {
+                bytes: options.size,
+                sector_bytes: options.sector_size,
+                redirect: match options.redirect {
+                    Redirect::Shared => pool::Redirect::Shared,
+                    Redirect::Always => pool::Redirect::Always,
+                },
+            },
+        },
+    )
+}
+
+/// Refuses a size that no volume can have, before the pool is opened.
+fn check_size(bytes: u64, sector_bytes: u32) -> Result<()> {
+    let refuse = |fact: String| {
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!("size {bytes}: {fact}"),
+        ))
+    };
+    if bytes > VOLUME_BYTES_MAX {
+        return refuse(format!(
+            "is beyond the limit of {}",
+            size::human(VOLUME_BYTES_MAX)
+        ));
+    }
+    if !bytes.is_multiple_of(u64::from(sector_bytes)) {
+        return refuse(format!(
+            "is not a multiple of the sector size, {sector_bytes}"
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn resize(options: &Resize) -> Result<()> {
+    let PathTarget { pool, path } = &options.volume;
+    // The volume's sector is the engine's to know; 512 is the least.
+    check_size(options.size, 512)?;
+    let request = Request::Resize {
+        volume: path.volume.clone(),
+        bytes: options.size,
+        allow_shrink: options.allow_shrink,
+    };
+    let Reply::Resized(resized) = ask(pool, &request, "working")? else {
+        return Err(unexpected());
+    };
+    if resized == Resized::AtNextAttach {
+        output::say(&format!(
+            "{pool}/{path}: has its new size; this kernel cannot resize the device in use, it follows at the next attach"
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn rename(from: &PathTarget, to: &PathTarget) -> Result<()> {
+    let refuse = |fact: &str| {
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!(
+                "{}/{} cannot become {}/{}: {fact}",
+                from.pool, from.path, to.pool, to.path
+            ),
+        ))
+    };
+    if from.pool != to.pool {
+        return refuse("a volume stays in its pool");
+    }
+    match (&from.path.snapshot, &to.path.snapshot) {
+        (Some(_), Some(_)) if from.path.volume != to.path.volume => {
+            return refuse("a snapshot stays with its volume");
+        }
+        (Some(_), None) => {
+            return refuse("a snapshot stays one; `ublkctl clone` makes a volume of it");
+        }
+        (None, Some(_)) => {
+            return refuse("a volume stays one; `ublkctl snapshot` makes a snapshot of it");
+        }
+        (Some(_), Some(_)) | (None, None) => {}
+    }
+    let request = Request::Rename {
+        from: from.path.clone(),
+        to: to.path.clone(),
+    };
+    change(&from.pool, &request)
+}
+
+pub(super) fn snapshot(targets: &[PathTarget]) -> Result<()> {
+    let (pool, targets) = one_pool(targets)?;
+    change(pool, &Request::Snapshot { targets })
+}
+
+pub(super) fn clone(snapshot: &PathTarget, volume: &PathTarget) -> Result<()> {
+    if snapshot.pool != volume.pool {
+        return Err(Error::with(
+            ErrorKind::Invalid,
+            format!(
+                "{}/{}: a clone lives in its snapshot's pool, {}",
+                volume.pool, volume.path, snapshot.pool
+            ),
+        ));
+    }
+    let request = Request::Clone {
+        snapshot: snapshot.path.clone(),
+        volume: volume.path.volume.clone(),
+    };
+    change(&snapshot.pool, &request)
+}
+
+pub(super) fn rollback(snapshot: &PathTarget) -> Result<()> {
+    let request = Request::Rollback {
+        snapshot: snapshot.path.clone(),
+    };
+    change(&snapshot.pool, &request)
+}
+
+pub(super) fn remove(options: &Rm) -> Result<()> {
+    let (pool, targets) = one_pool(&options.targets)?;
+    let request = Request::Remove {
+        targets,
+        recursive: options.recursive,
+        dry_run: options.dry_run,
+    };
+    let Reply::Removal(removal) = ask(pool, &request, "returning space")? else {
+        return Err(unexpected());
+    };
+    if options.dry_run {
+        let mut out = String::new();
+        for path in &removal.targets {
+            writeln!(out, "would remove {pool}/{path}")
+                .map_err(|e| Error::io(std::io::Error::other(e), "text"))?;
+        }
+        writeln!(out, "would free {}", size::human(removal.freed_bytes))
+            .map_err(|e| Error::io(std::io::Error::other(e), "text"))?;
+        return output::text(&out);
+    }
+    if options.wait {
+        wait_for_space(pool)
+    } else {
+        Ok(())
+    }
+}
+
+/// Waits until a daemon has returned the space of what was removed. Without a daemon that has happened already.
+fn wait_for_space(pool: &Name) -> Result<()> {
+    let bar = Bar::new("returning space");
+    let entry = state::Registry::from_env()?.find(pool)?;
+    let mut most = 0;
+    while client::is_served(pool)? {
+        let Reply::Status(status) = client::call_entry(&entry, &Request::Status, &mut |_, _| {})?
+        else {
+            return Err(unexpected());
+        };
+        let left = status.pool.reclaiming;
+        if left == 0 {
+            break;
+        }
+        most = most.max(left);
+        bar.show(most - left, most);
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}

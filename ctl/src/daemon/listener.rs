@@ -1,0 +1,178 @@
+//! The control socket: who may talk, how much, how long; one thread a connection.
+
+use super::Daemon;
+use crate::exit_code::one_line;
+use crate::protocol::{self, LineLimits, Message, Request};
+use crate::state::{self, Runtime};
+use blockfork::clock::SystemClock;
+use blockfork::error::{Error, ErrorKind, Result};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::getuid;
+use std::fs;
+use std::io::{self, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+use tracing::{debug, warn};
+
+/// The most connections at a time.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a client may take to write a request, the first byte included.
+const REQUEST_NS_MAX: u64 = 30_000_000_000;
+/// How long a client may take to read an answer.
+const WRITE_WAIT: Duration = Duration::from_secs(30);
+/// How often a thread that waits for a request looks at the clock.
+const READ_WAIT: Duration = Duration::from_millis(500);
+
+/// The bound socket.
+pub(super) struct Listener(UnixListener);
+
+impl Listener {
+    /// Binds the socket, over one that a dead daemon left. Nobody can connect to it before its mode is right.
+    pub(super) fn bind(runtime: &Runtime) -> Result<Self> {
+        let path = runtime.socket();
+        let failed = |e| Error::io(e, format!("{}: cannot be bound", path.display()));
+        // As long as the shortest name, so it fits a socket's address whenever the other does.
+        let temporary = path.with_file_name(format!(".{}", std::process::id()));
+        state::remove_file(&temporary)?;
+        let listener = UnixListener::bind(&temporary).map_err(failed)?;
+        fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        fs::rename(&temporary, &path).map_err(failed)?;
+        Ok(Self(listener))
+    }
+
+    /// Accepts connections until the process ends.
+    pub(super) fn start(self, daemon: Arc<Daemon>) -> Result<()> {
+        let accept = move || {
+            let open = Arc::new(AtomicUsize::new(0));
+            for stream in self.0.incoming() {
+                match stream {
+                    Ok(stream) => accept(stream, &daemon, &open),
+                    Err(e) => {
+                        warn!("a connection was lost: {e}");
+                        // Out of descriptors, most likely: don't spin until some are closed.
+                        thread::sleep(READ_WAIT);
+                    }
+                }
+            }
+        };
+        let started = thread::Builder::new().name("accept".into()).spawn(accept);
+        started
+            .map(drop)
+            .map_err(|e| Error::io(e, "the thread that listens cannot be started"))
+    }
+}
+
+/// Counts a connection while it is open.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn accept(stream: UnixStream, daemon: &Arc<Daemon>, open: &Arc<AtomicUsize>) {
+    let is_full = open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX;
+    let counted = Counted(open.clone());
+    let daemon = daemon.clone();
+    let talk = move || {
+        let _counted = counted;
+        let refusal = if is_full {
+            Some(Error::with(
+                ErrorKind::Busy,
+                "the daemon has too many connections; try again",
+            ))
+        } else {
+            stranger(&stream)
+        };
+        if let Err(e) = converse(&stream, &daemon, refusal.as_ref()) {
+            debug!("a connection ended: {e}");
+        }
+    };
+    if let Err(e) = thread::Builder::new().name("client".into()).spawn(talk) {
+        warn!("a connection was turned away: {e}");
+    }
+}
+
+/// The refusal of a client that is neither root nor this user. The socket's mode says the same; this does not depend on it.
+fn stranger(stream: &UnixStream) -> Option<Error> {
+    match getsockopt(stream, PeerCredentials) {
+        Ok(peer) if peer.uid() == 0 || peer.uid() == getuid().as_raw() => None,
+        Ok(peer) => Some(Error::with(
+            ErrorKind::Permission,
+            format!("user {} may not control this pool", peer.uid()),
+        )),
+        Err(e) => Some(Error::io(e.into(), "the client is not known")),
+    }
+}
+
+fn converse(stream: &UnixStream, daemon: &Daemon, refusal: Option<&Error>) -> io::Result<()> {
+    stream.set_read_timeout(Some(READ_WAIT))?;
+    stream.set_write_timeout(Some(WRITE_WAIT))?;
+    let mut out = stream;
+    if let Some(error) = refusal {
+        return protocol::write_line(&mut out, &Message::from(error));
+    }
+    let hello = Message::Hello {
+        version: protocol::VERSION,
+        pool: daemon.host.pool().name(),
+        pid: std::process::id(),
+    };
+    protocol::write_line(&mut out, &hello)?;
+    let mut input = BufReader::new(stream);
+    let limits = LineLimits {
+        bytes_max: protocol::REQUEST_BYTES_MAX,
+        wait_ns_max: REQUEST_NS_MAX,
+    };
+    let clock = SystemClock::new();
+    loop {
+        let line = match protocol::read_line(&mut input, limits, &clock) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok(()),
+            Err(e) => {
+                let error = Error::with(ErrorKind::Invalid, format!("request: {e}"));
+                return protocol::write_line(&mut out, &Message::from(&error));
+            }
+        };
+        answer(&line, daemon, &mut out)?;
+    }
+}
+
+/// Answers one request, and ends a daemon that nobody needs after it.
+fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<()> {
+    let request = match protocol::parse_request(line) {
+        Ok(request) => request,
+        Err(e) => return protocol::write_line(out, &Message::from(&e)),
+    };
+    let may_be_last = matches!(request, Request::Stop)
+        || (daemon.is_detached && matches!(request, Request::Detach { .. }));
+    let message = {
+        let stopping = daemon.stopping.read();
+        if *stopping {
+            Message::Stopping
+        } else {
+            // A client that went away does not stop what it asked for.
+            let mut progress = |done, total| {
+                if let Err(e) = protocol::write_line(out, &Message::Progress { done, total }) {
+                    debug!("nobody reads the progress: {e}");
+                }
+            };
+            match daemon.host.handle(request, &mut progress) {
+                Ok(reply) => Message::Reply(reply),
+                Err(e) => {
+                    debug!("refused: {}", one_line(&e));
+                    Message::from(&e)
+                }
+            }
+        }
+    };
+    let written = protocol::write_line(out, &message);
+    if may_be_last {
+        daemon.stop_if_idle();
+    }
+    written
+}

@@ -1,0 +1,163 @@
+//! The daemon: one per pool, which serves its devices and answers commands on its socket.
+//!
+//! The pool's lock comes first, so a socket or pid file that is found is a dead daemon's. Devices are recovered before
+//! the socket is there, so whoever gets an answer finds every device in place.
+
+mod listener;
+mod maintenance;
+mod process;
+
+use crate::client;
+use crate::exit_code::one_line;
+use crate::host::{Host, Role};
+use crate::state::{self, PoolEntry, Registry, Runtime};
+use blockfork::device::{Access, PoolFile};
+use blockfork::error::{Error, Result};
+use blockfork::name::Name;
+use futures_lite::future::block_on;
+use listener::Listener;
+use maintenance::Maintenance;
+use parking_lot::RwLock;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{error, info, warn};
+
+/// How long a daemon that another command started waits for its first device.
+const IDLE_START: Duration = Duration::from_secs(20);
+/// How long to wait for a lock: the kernel may be finishing what a killed daemon had in flight.
+const LOCK_WAIT_MS: u64 = 10_000;
+
+/// What all threads of the daemon share.
+#[derive(Debug)]
+struct Daemon {
+    host: Host,
+    /// Read while a request runs, written to stop: true once no request may begin.
+    stopping: RwLock<bool>,
+    /// Ends the main thread's wait.
+    wake: Handle,
+    /// Whether another command started it, so that it ends with its last device.
+    is_detached: bool,
+}
+
+impl Daemon {
+    /// Ends the daemon if nobody needs it: nothing is attached, and no request runs.
+    fn stop_if_idle(&self) {
+        let mut stopping = self.stopping.write();
+        if !*stopping && self.host.devices().is_empty() {
+            *stopping = true;
+            self.wake.close();
+        }
+    }
+}
+
+/// Serves a pool until a signal comes or, `detached`, until its last device is gone.
+pub(crate) fn serve(pool: &Name, detached: bool) -> Result<()> {
+    start_log();
+    let entry = Registry::from_env()?.find(pool)?;
+    let runtime = Runtime::of(pool)?;
+    runtime.prepare()?;
+    if detached && let Err(e) = process::leave_session() {
+        warn!("still in the session of the command that started it: {e}");
+    }
+    for fact in process::prepare() {
+        warn!("{fact}");
+    }
+    // Before any other thread, so that no signal ends the process in between.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|e| Error::io(e, "signals cannot be caught"))?;
+    let host = open(&entry, &runtime)?;
+    host.recover()?;
+    run(host, signals, &runtime, detached)
+}
+
+fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<Host> {
+    let access = Access {
+        write: true,
+        lock_wait_ms: LOCK_WAIT_MS,
+    };
+    let file = PoolFile::open(&entry.path, access)?;
+    if !file.is_direct() {
+        warn!(path = %entry.path.display(), "the file system refuses O_DIRECT: I/O is buffered");
+    }
+    let host = client::open(entry, runtime, Arc::new(file), false, Role::Daemon)?;
+    for warning in host.pool().status().warnings {
+        warn!(pool = %entry.name, "{warning}");
+    }
+    Ok(host)
+}
+
+fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -> Result<()> {
+    let daemon = Arc::new(Daemon {
+        host,
+        stopping: RwLock::new(false),
+        wake: signals.handle(),
+        is_detached,
+    });
+    let maintenance = Maintenance::start(daemon.clone())?;
+    let listener = Listener::bind(runtime)?;
+    state::write_file(
+        &runtime.pid(),
+        format!("{}\n", std::process::id()).as_bytes(),
+    )?;
+    listener.start(daemon.clone())?;
+    info!(pool = %daemon.host.pool().name(), devices = daemon.host.devices().count(), "serving");
+    if is_detached {
+        let daemon = daemon.clone();
+        let idle = move || {
+            std::thread::sleep(IDLE_START);
+            daemon.stop_if_idle();
+        };
+        std::thread::Builder::new()
+            .name("idle".into())
+            .spawn(idle)
+            .map_err(|e| Error::io(e, "thread"))?;
+    }
+    for signal in signals.forever() {
+        if signal == SIGHUP {
+            continue;
+        }
+        info!(signal, "stopping");
+        break;
+    }
+    // Waits for the requests that run, and turns away those that come.
+    *daemon.stopping.write() = true;
+    maintenance.stop();
+    shut_down(&daemon.host, runtime)
+}
+
+/// Makes everything durable, and leaves devices that are still attached to the next daemon.
+fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
+    let mut devices = host.devices();
+    if devices.is_empty() {
+        let closed = block_on(host.pool().close(host.device()));
+        closed.inspect_err(|e| error!("closing: {}", one_line(e)))?;
+        info!("closed");
+        return runtime.clear();
+    }
+    let saved = block_on(host.pool().checkpoint(host.device()));
+    for slot in devices.slots_mut() {
+        if let Some(served) = slot.served.take() {
+            served.abandon();
+            info!(device = %slot.entry.node(), volume = %slot.entry.path, "left to the next daemon");
+        }
+    }
+    let flushed = block_on(host.pool().flush(host.device()));
+    state::remove_file(&runtime.socket())?;
+    state::remove_file(&runtime.pid())?;
+    saved
+        .and(flushed)
+        .inspect_err(|e| error!("stopping: {}", one_line(e)))
+}
+
+fn start_log() {
+    let started = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .try_init();
+    if let Err(e) = started {
+        crate::output::say(&format!("no log: {e}"));
+    }
+}

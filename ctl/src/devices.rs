@@ -1,0 +1,283 @@
+//! The devices of a pool: which volume each serves, in memory, on disk and as a link under /dev/blockfork.
+//!
+//! The file on disk is written before a device is announced and after it is gone, so whoever opens the pool after a
+//! kill knows every device that somebody may be using. Without a daemon its entries count as attached, served by nobody.
+
+use crate::protocol::DeviceRow;
+use crate::state::{self, Runtime};
+use crate::ublk_stub::{DeviceState, Served};
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::{Name, VolumePath};
+use blockfork::units::VolumeId;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use tracing::{info, warn};
+
+/// Where the links by name are.
+const LINKS: &str = "/dev/blockfork";
+
+/// What the file holds.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    /// The pool's identity.
+    pool: String,
+    /// The boot that the device numbers belong to.
+    boot: [u8; 16],
+    /// The devices.
+    devices: Vec<DeviceEntry>,
+}
+
+/// A device as the file describes it: enough to serve it again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DeviceEntry {
+    /// What it serves.
+    pub(crate) path: VolumePath,
+    /// Its number, by which a volume that took the name later is told apart.
+    pub(crate) id: VolumeId,
+    /// Whether it refuses writes.
+    pub(crate) read_only: bool,
+    /// What the frontend needs to recover it.
+    pub(crate) state: DeviceState,
+}
+
+impl DeviceEntry {
+    /// `/dev/ublkbN`.
+    pub(crate) fn node(&self) -> String {
+        format!("/dev/ublkb{}", self.state.dev_id)
+    }
+
+    /// Whether the kernel still has the device.
+    fn is_in_kernel(&self) -> bool {
+        let id = self.state.dev_id;
+        [
+            format!("/sys/class/ublk-char/ublkc{id}"),
+            format!("/dev/ublkc{id}"),
+        ]
+        .iter()
+        .any(|path| Path::new(path).exists())
+    }
+}
+
+/// A device and, in a daemon, what serves it.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// What is on disk.
+    pub(crate) entry: DeviceEntry,
+    /// The frontend; none without a daemon, or when it could not be recovered.
+    pub(crate) served: Option<Served>,
+    /// Why it is not served.
+    pub(crate) fault: Option<String>,
+}
+
+impl Slot {
+    /// The device as the protocol shows it.
+    pub(crate) fn row(&self) -> DeviceRow {
+        let failure = self.served.as_ref().and_then(Served::has_failed);
+        DeviceRow {
+            path: self.entry.path.clone(),
+            id: self.entry.id,
+            device: self.entry.node(),
+            read_only: self.entry.read_only,
+            served: self.served.is_some() && failure.is_none(),
+            fault: failure
+                .map(|e| crate::exit_code::one_line(&e))
+                .or_else(|| self.fault.clone()),
+        }
+    }
+}
+
+/// All devices of a pool.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    pool: Name,
+    id: String,
+    boot: [u8; 16],
+    file: PathBuf,
+    slots: Vec<Slot>,
+}
+
+impl Devices {
+    /// What the file says, less what the kernel does not have any more.
+    pub(crate) fn load(runtime: &Runtime, pool: &Name, id: String, boot: [u8; 16]) -> Result<Self> {
+        let file = runtime.devices();
+        let saved = state::read_json::<Saved>(&file)?
+            .filter(|saved| saved.pool == id && saved.boot == boot);
+        let entries = saved.map_or_else(Vec::new, |saved| saved.devices);
+        let slots = entries
+            .into_iter()
+            .filter(DeviceEntry::is_in_kernel)
+            .map(|entry| Slot {
+                entry,
+                served: None,
+                fault: None,
+            });
+        Ok(Self {
+            slots: slots.collect(),
+            pool: pool.clone(),
+            id,
+            boot,
+            file,
+        })
+    }
+
+    /// Writes the file.
+    pub(crate) fn save(&self) -> Result<()> {
+        let saved = Saved {
+            pool: self.id.clone(),
+            boot: self.boot,
+            devices: self.slots.iter().map(|slot| slot.entry.clone()).collect(),
+        };
+        state::write_json(&self.file, &saved)
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> u64 {
+        self.slots.len() as u64
+    }
+
+    /// The devices, in the order in which they were attached.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// The devices, to change them; [`Devices::save`] what changes an entry.
+    pub(crate) fn slots_mut(&mut self) -> &mut [Slot] {
+        &mut self.slots
+    }
+
+    /// The device of this volume or snapshot.
+    pub(crate) fn find(&self, path: &VolumePath) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.entry.path == *path)
+    }
+
+    /// Adds a device and writes the file.
+    pub(crate) fn add(&mut self, slot: Slot) -> Result<()> {
+        self.slots.push(slot);
+        self.save()
+    }
+
+    /// Takes a device out; the file still names it until [`Devices::save`].
+    pub(crate) fn take(&mut self, path: &VolumePath) -> Option<Slot> {
+        let index = self
+            .slots
+            .iter()
+            .position(|slot| slot.entry.path == *path)?;
+        Some(self.slots.remove(index))
+    }
+
+    /// Puts a device back that could not be taken away.
+    pub(crate) fn put_back(&mut self, slot: Slot) {
+        self.slots.push(slot);
+    }
+
+    /// An error if any device in `blockers` exists: all of them, and the way out.
+    pub(crate) fn refuse<'a>(
+        &'a self,
+        action: &str,
+        blockers: impl Iterator<Item = &'a Slot>,
+    ) -> Result<()> {
+        let mut shown = Vec::new();
+        let mut is_served = true;
+        for slot in blockers {
+            shown.push(format!(
+                "{}/{} as {}",
+                self.pool,
+                slot.entry.path,
+                slot.entry.node()
+            ));
+            is_served &= slot.served.is_some();
+        }
+        if shown.is_empty() {
+            return Ok(());
+        }
+        let way_out = if is_served {
+            "detach it first".to_owned()
+        } else {
+            format!(
+                "its daemon is gone, `ublkctl recover {}` brings it back",
+                self.pool
+            )
+        };
+        Err(Error::with(
+            ErrorKind::Busy,
+            format!(
+                "{}: cannot {action} while attached: {}; {way_out}",
+                self.pool,
+                shown.join(", ")
+            ),
+        ))
+    }
+
+    /// Makes the link of a device. A device without its link works, so a failure is only logged.
+    pub(crate) fn link(&self, slot: &Slot) {
+        let link = self.link_path(&slot.entry.path);
+        if let Err(e) = make_link(&link, &slot.entry.node()) {
+            warn!(link = %link.display(), "cannot be made: {e}");
+        }
+    }
+
+    /// Removes the link of a device, if it is this device's.
+    pub(crate) fn unlink(&self, entry: &DeviceEntry) {
+        let link = self.link_path(&entry.path);
+        if fs::read_link(&link).is_ok_and(|to| to == Path::new(&entry.node()))
+            && let Err(e) = fs::remove_file(&link)
+        {
+            warn!(link = %link.display(), "cannot be removed: {e}");
+        }
+        // Fails while another volume's link is there, which is as it should be.
+        if let Some(directory) = link.parent()
+            && fs::remove_dir(directory).is_ok()
+        {
+            info!(pool = %self.pool, "no link is left");
+        }
+    }
+
+    fn link_path(&self, path: &VolumePath) -> PathBuf {
+        Path::new(LINKS)
+            .join(self.pool.as_str())
+            .join(path.to_string())
+    }
+}
+
+/// Replaces a link in one step.
+fn make_link(link: &Path, target: &str) -> io::Result<()> {
+    if let Some(directory) = link.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let mut temporary = link.as_os_str().to_owned();
+    temporary.push(".new");
+    match fs::remove_file(&temporary) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    symlink(target, &temporary)?;
+    fs::rename(&temporary, link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let link = directory.path().join("p0/v@s");
+        make_link(&link, "/dev/ublkb0").unwrap();
+        make_link(&link, "/dev/ublkb1").unwrap();
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("/dev/ublkb1"));
+        assert_eq!(
+            fs::read_dir(directory.path().join("p0")).unwrap().count(),
+            1
+        );
+    }
+}

@@ -1,0 +1,461 @@
+//! An open pool and what can be asked of it: the one implementation of every request, for the daemon and without it.
+//!
+//! What changes the pool runs one at a time, under the lock of its devices, so that nothing attaches what is just being
+//! removed or rolled back. Every blocker is named before anything is touched.
+
+use crate::devices::{DeviceEntry, Devices, Slot};
+use crate::exit_code::one_line;
+use crate::protocol::{DeviceRow, Reply, Request, Resized, Row, Selection, Status};
+use crate::ublk_stub as ublk;
+use blockfork::device::FileDevice;
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::{Name, VolumePath};
+use blockfork::pool::Pool;
+use blockfork::units::BLOCK_BYTES;
+use futures_lite::future::block_on;
+use parking_lot::{Mutex, MutexGuard};
+use std::fs::OpenOptions;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use tracing::{info, warn};
+
+/// Who runs the requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The daemon, which serves devices.
+    Daemon,
+    /// A command that opened the pool for itself.
+    Command,
+}
+
+/// An open pool with its devices.
+#[derive(Debug)]
+pub(crate) struct Host {
+    name: Name,
+    pool: Arc<Pool>,
+    device: FileDevice,
+    devices: Mutex<Devices>,
+    role: Role,
+}
+
+/// Told how far a long request got: done, of how many.
+pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+impl Host {
+    /// A host for an open pool.
+    pub(crate) fn new(pool: Pool, device: FileDevice, devices: Devices, role: Role) -> Self {
+        Self {
+            name: pool.name(),
+            pool: Arc::new(pool),
+            device,
+            devices: Mutex::new(devices),
+            role,
+        }
+    }
+
+    /// The pool.
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The pool's file.
+    pub(crate) fn device(&self) -> &FileDevice {
+        &self.device
+    }
+
+    /// The devices; whoever holds them keeps every change away.
+    pub(crate) fn devices(&self) -> MutexGuard<'_, Devices> {
+        self.devices.lock()
+    }
+
+    /// Does what a request asks.
+    pub(crate) fn handle(&self, request: Request, progress: Progress<'_>) -> Result<Reply> {
+        let (pool, device) = (&self.pool, &self.device);
+        match request {
+            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Stats => Ok(Reply::Stats(pool.stats())),
+            Request::List => self.list(),
+            Request::Devices => Ok(Reply::Devices(
+                self.devices().slots().iter().map(Slot::row).collect(),
+            )),
+            Request::Diff { from, to } => block_on(pool.diff(device, &from, &to)).map(Reply::Diff),
+            Request::Check => block_on(pool.check(device, progress)).map(Reply::Check),
+            Request::Create { volume, options } => {
+                let _alone = self.devices();
+                block_on(pool.create_volume(device, &volume, options)).map(|_| Reply::Done)
+            }
+            Request::Remove {
+                targets,
+                recursive,
+                dry_run,
+            } => self.remove(&targets, recursive, dry_run),
+            Request::Rename { from, to } => self.rename(&from, &to),
+            Request::Resize {
+                volume,
+                bytes,
+                allow_shrink,
+            } => self.resize(&volume, bytes, allow_shrink),
+            Request::Snapshot { targets } => {
+                let _alone = self.devices();
+                block_on(pool.snapshot(device, &targets)).map(|()| Reply::Done)
+            }
+            Request::Clone { snapshot, volume } => {
+                let _alone = self.devices();
+                block_on(pool.clone_snapshot(device, &snapshot, &volume)).map(|_| Reply::Done)
+            }
+            Request::Rollback { snapshot } => self.rollback(&snapshot),
+            Request::Grow { bytes } => self.grow(bytes),
+            Request::Attach {
+                path,
+                read_only,
+                queues,
+                depth,
+            } => {
+                let options = ublk::DeviceOptions {
+                    dev_id: None,
+                    queues,
+                    depth,
+                    read_only: read_only || path.snapshot.is_some(),
+                };
+                self.attach(&path, &options)
+            }
+            Request::Detach { devices, force } => self.detach(&devices, force),
+            Request::Stop => {
+                let devices = self.devices();
+                devices.refuse("close the pool", devices.slots().iter())?;
+                Ok(Reply::Done)
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            pool: self.pool.status(),
+            daemon_pid: (self.role == Role::Daemon).then(std::process::id),
+            devices: self.devices().count(),
+            direct_io: self.device.file().is_direct(),
+        }
+    }
+
+    fn list(&self) -> Result<Reply> {
+        let entries = block_on(self.pool.list(&self.device))?;
+        let devices = self.devices();
+        let row = |entry: blockfork::pool::Entry| {
+            let slot = devices.find(&entry.path).map(Slot::row);
+            Row {
+                served: slot.as_ref().is_some_and(|slot| slot.served),
+                device: slot.map(|slot| slot.device),
+                entry,
+            }
+        };
+        Ok(Reply::List(entries.into_iter().map(row).collect()))
+    }
+
+    fn remove(&self, targets: &[VolumePath], recursive: bool, dry_run: bool) -> Result<Reply> {
+        let devices = self.devices();
+        let goes = |path: &VolumePath| {
+            targets.iter().any(|target| {
+                target == path
+                    || (recursive && target.snapshot.is_none() && target.volume == path.volume)
+            })
+        };
+        devices.refuse(
+            "remove",
+            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
+        )?;
+        block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+    }
+
+    fn rename(&self, from: &VolumePath, to: &VolumePath) -> Result<Reply> {
+        let devices = self.devices();
+        // A volume's new name is that of its snapshots too.
+        let goes = |path: &VolumePath| {
+            path == from || (from.snapshot.is_none() && path.volume == from.volume)
+        };
+        devices.refuse(
+            "rename",
+            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
+        )?;
+        block_on(self.pool.rename(&self.device, from, to)).map(|()| Reply::Done)
+    }
+
+    fn resize(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<Reply> {
+        let devices = self.devices();
+        let path = VolumePath {
+            volume: volume.clone(),
+            snapshot: None,
+        };
+        block_on(self.pool.resize(&self.device, volume, bytes, allow_shrink))?;
+        let Some(slot) = devices.find(&path) else {
+            return Ok(Reply::Resized(Resized::Unattached));
+        };
+        // The volume has its new size already; a device that stays behind is no reason to say that it failed.
+        let is_online = match &slot.served {
+            Some(served) => served.update_size(bytes).unwrap_or_else(|e| {
+                warn!(device = %slot.entry.node(), "cannot be resized: {}", one_line(&e));
+                false
+            }),
+            None => false,
+        };
+        Ok(Reply::Resized(if is_online {
+            Resized::Online
+        } else {
+            Resized::AtNextAttach
+        }))
+    }
+
+    fn rollback(&self, snapshot: &VolumePath) -> Result<Reply> {
+        let devices = self.devices();
+        let path = VolumePath {
+            volume: snapshot.volume.clone(),
+            snapshot: None,
+        };
+        let Some(slot) = devices.find(&path) else {
+            return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);
+        };
+        let Some(served) = &slot.served else {
+            devices.refuse("roll back", std::iter::once(slot))?;
+            return Err(Error::new(ErrorKind::Busy));
+        };
+        self.refuse_held(std::iter::once(slot), "roll back")?;
+        let size_before = served.attached().bytes();
+        block_on(self.pool.rollback(&self.device, snapshot))?;
+        ublk::drop_cached_pages(slot.entry.state.dev_id)?;
+        let size = served.attached().bytes();
+        if size != size_before && !served.update_size(size)? {
+            return Err(Error::with(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}/{path}: rolled back, but the kernel cannot give {} the size of then; detach and attach it",
+                    self.name,
+                    slot.entry.node()
+                ),
+            ));
+        }
+        Ok(Reply::Done)
+    }
+
+    /// An error that names whoever has one of these devices open.
+    fn refuse_held<'a>(&self, slots: impl Iterator<Item = &'a Slot>, action: &str) -> Result<()> {
+        let mut held = Vec::new();
+        for slot in slots {
+            let holders: Vec<String> = ublk::holders(slot.entry.state.dev_id)
+                .iter()
+                .map(ToString::to_string)
+                .collect();
+            if !holders.is_empty() {
+                held.push(format!(
+                    "{}/{} ({}) is in use by {}",
+                    self.name,
+                    slot.entry.path,
+                    slot.entry.node(),
+                    holders.join(", ")
+                ));
+            }
+        }
+        if held.is_empty() {
+            return Ok(());
+        }
+        Err(Error::with(
+            ErrorKind::Busy,
+            format!(
+                "cannot {action}: {}; unmount or close it first",
+                held.join("; ")
+            ),
+        ))
+    }
+
+    fn grow(&self, bytes: u64) -> Result<Reply> {
+        let _alone = self.devices();
+        let file = self.device.file();
+        let shown = file.path().display();
+        let failed = |e| Error::io(e, format!("{shown}: cannot be extended"));
+        let is_smaller = |now: u64| {
+            Error::with(
+                ErrorKind::Invalid,
+                format!(
+                    "{shown}: holds {now} bytes already; a pool only grows, give more than that"
+                ),
+            )
+        };
+        // Reopened by its descriptor: the same file, whatever its path leads to by now.
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let mut opened = opened.map_err(failed)?;
+        let now = opened.seek(SeekFrom::End(0)).map_err(failed)?;
+        if file.is_block_device() {
+            if bytes > now {
+                return Err(Error::with(
+                    ErrorKind::Invalid,
+                    format!("{shown}: the device holds only {now} bytes; extend the device first"),
+                ));
+            }
+        } else if bytes > now {
+            opened.set_len(bytes).map_err(failed)?;
+            opened.sync_all().map_err(failed)?;
+        } else if bytes < now && bytes <= self.pool.status().size_bytes {
+            return Err(is_smaller(now));
+        }
+        block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
+    }
+
+    fn attach(&self, path: &VolumePath, options: &ublk::DeviceOptions) -> Result<Reply> {
+        let mut devices = self.devices();
+        if let Some(slot) = devices.find(path) {
+            let node = slot.entry.node();
+            let fact = match &slot.served {
+                Some(_) => format!("is attached already, as {node}"),
+                None => format!(
+                    "is attached already, as {node}, which nothing serves; `ublkctl recover {}`",
+                    self.name
+                ),
+            };
+            return Err(Error::with(
+                ErrorKind::Busy,
+                format!("{}/{path}: {fact}", self.name),
+            ));
+        }
+        if self.role == Role::Command {
+            return Err(Error::with(
+                ErrorKind::Unsupported,
+                "only a daemon can attach",
+            ));
+        }
+        let attached = self.pool.attach(path, options.read_only)?;
+        let served = match ublk::Served::add(self.device.file().clone(), attached.clone(), options)
+        {
+            Ok(served) => served,
+            Err(e) => {
+                attached.detach();
+                return Err(e);
+            }
+        };
+        let entry = DeviceEntry {
+            path: path.clone(),
+            id: attached.id(),
+            read_only: options.read_only,
+            state: served.state(),
+        };
+        debug_assert_eq!(served.path().to_str(), Some(entry.node().as_str()));
+        let slot = Slot {
+            entry,
+            served: Some(served),
+            fault: None,
+        };
+        let row = slot.row();
+        if let Err(e) = devices.add(slot) {
+            // A device that no file names would be lost with the daemon, so it must not be used.
+            if let Some(served) = devices.take(path).and_then(|slot| slot.served) {
+                served.remove()?;
+            }
+            attached.detach();
+            return Err(e);
+        }
+        devices
+            .find(path)
+            .into_iter()
+            .for_each(|slot| devices.link(slot));
+        info!(volume = %path, device = %row.device, "attached");
+        Ok(Reply::Devices(vec![row]))
+    }
+
+    fn detach(&self, selection: &Selection, force: bool) -> Result<Reply> {
+        let mut devices = self.devices();
+        let paths = match selection {
+            Selection::All => devices
+                .slots()
+                .iter()
+                .map(|slot| slot.entry.path.clone())
+                .collect(),
+            Selection::Paths(paths) => paths.clone(),
+        };
+        if let Some(path) = paths.iter().find(|path| devices.find(path).is_none()) {
+            return Err(Error::with(
+                ErrorKind::NotFound,
+                format!("{}/{path}: is not attached", self.name),
+            ));
+        }
+        let chosen = || paths.iter().filter_map(|path| devices.find(path));
+        self.refuse_held(chosen(), "detach")?;
+        if !force {
+            devices.refuse("detach", chosen().filter(|slot| slot.served.is_none()))?;
+        }
+        let mut rows = Vec::new();
+        for path in &paths {
+            rows.extend(self.detach_one(&mut devices, path)?);
+        }
+        Ok(Reply::Devices(rows))
+    }
+
+    fn detach_one(&self, devices: &mut Devices, path: &VolumePath) -> Result<Option<DeviceRow>> {
+        let Some(mut slot) = devices.take(path) else {
+            return Ok(None);
+        };
+        let row = slot.row();
+        let mut flushed = Ok(());
+        let removed = match slot.served.take() {
+            Some(served) => {
+                let attached = served.attached().clone();
+                // A pool whose flush fails must not keep its devices for ever, so the device goes all the same.
+                flushed = block_on(attached.flush(&self.device));
+                served.remove().inspect(|()| attached.detach())
+            }
+            None => ublk::forget(slot.entry.state.dev_id),
+        };
+        if let Err(e) = removed {
+            slot.fault = Some(one_line(&e));
+            devices.put_back(slot);
+            return Err(e);
+        }
+        devices.unlink(&slot.entry);
+        devices.save()?;
+        info!(volume = %path, device = %row.device, "detached");
+        flushed.map(|()| Some(row))
+    }
+
+    /// Serves again every device that the file names.
+    pub(crate) fn recover(&self) -> Result<()> {
+        let mut devices = self.devices();
+        devices.save()?;
+        for slot in devices.slots_mut() {
+            match self.recover_one(&slot.entry) {
+                Ok(served) => {
+                    info!(volume = %slot.entry.path, device = %slot.entry.node(), "recovered");
+                    slot.served = Some(served);
+                }
+                Err(e) => {
+                    warn!(volume = %slot.entry.path, device = %slot.entry.node(), "cannot be recovered: {}", one_line(&e));
+                    slot.fault = Some(one_line(&e));
+                }
+            }
+        }
+        devices
+            .slots()
+            .iter()
+            .filter(|slot| slot.served.is_some())
+            .for_each(|slot| devices.link(slot));
+        Ok(())
+    }
+
+    fn recover_one(&self, entry: &DeviceEntry) -> Result<ublk::Served> {
+        let attached = self.pool.attach(&entry.path, entry.read_only)?;
+        if attached.id() != entry.id {
+            attached.detach();
+            return Err(Error::with(
+                ErrorKind::NotFound,
+                format!(
+                    "{}/{}: is not the volume that {} served",
+                    self.name,
+                    entry.path,
+                    entry.node()
+                ),
+            ));
+        }
+        let recovered =
+            ublk::Served::recover(self.device.file().clone(), attached.clone(), &entry.state);
+        recovered.inspect_err(|_| attached.detach())
+    }
+}

@@ -1,0 +1,43 @@
+//! A progress bar on stderr, when that is a terminal.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use std::cell::OnceCell;
+
+/// A bar that appears with the first progress.
+pub(crate) struct Bar {
+    what: &'static str,
+    bar: OnceCell<ProgressBar>,
+}
+
+impl Bar {
+    /// A bar for `what` is being done.
+    pub(crate) fn new(what: &'static str) -> Self {
+        Self {
+            what,
+            bar: OnceCell::new(),
+        }
+    }
+
+    /// Shows how far it got.
+    pub(crate) fn show(&self, done: u64, total: u64) {
+        let bar = self.bar.get_or_init(|| {
+            let bar = ProgressBar::new(total);
+            match ProgressStyle::with_template("{msg} {wide_bar} {percent}% {eta}") {
+                Ok(style) => bar.set_style(style),
+                Err(e) => tracing::debug!("plain bar: {e}"),
+            }
+            bar.set_message(self.what);
+            bar
+        });
+        bar.set_length(total);
+        bar.set_position(done.min(total));
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
+    }
+}
