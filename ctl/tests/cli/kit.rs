@@ -1,0 +1,226 @@
+//! A machine of its own for a test: directories that go with it, and the real binary.
+
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "they are a test's assertions"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+/// Bytes in a test's pool.
+pub(crate) const POOL_BYTES: u64 = 64 << 20;
+
+/// State, runtime files and pools of a test.
+pub(crate) struct Machine {
+    folder: tempfile::TempDir,
+}
+
+/// What a command answered.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Machine {
+    /// A machine without pools.
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a directory for the test");
+        Self { folder }
+    }
+
+    /// A machine with the pool `p0`.
+    pub(crate) fn with_pool() -> Self {
+        let machine = Self::new();
+        machine.ok(&[
+            "pool",
+            "create",
+            "p0",
+            &machine.pool_path(),
+            "--size",
+            "64M",
+        ]);
+        machine
+    }
+
+    /// A path on the machine.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Where `p0` lives.
+    pub(crate) fn pool_path(&self) -> String {
+        self.path("p0.pool").display().to_string()
+    }
+
+    /// The bytes of `p0`.
+    pub(crate) fn pool_bytes(&self) -> Vec<u8> {
+        fs::read(self.pool_path()).expect("the pool's file")
+    }
+
+    /// The command with its environment.
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ublkctl"));
+        command.args(words).stdin(Stdio::null());
+        command.env("UBLKCTL_STATE_DIR", self.path("state"));
+        command.env("UBLKCTL_RUNTIME_DIR", self.path("run"));
+        command
+    }
+
+    /// Runs a command.
+    pub(crate) fn run(&self, words: &[&str]) -> Said {
+        said(&self.command(words).output().expect("ublkctl starts"))
+    }
+
+    /// Runs a command that must succeed; its stdout.
+    #[track_caller]
+    pub(crate) fn ok(&self, words: &[&str]) -> String {
+        let said = self.run(words);
+        assert_eq!(said.code, 0, "ublkctl {}: {}", words.join(" "), said.stderr);
+        said.stdout
+    }
+
+    /// Runs a command that must succeed; its stdout as JSON.
+    #[track_caller]
+    pub(crate) fn json(&self, words: &[&str]) -> serde_json::Value {
+        let text = self.ok(words);
+        serde_json::from_str(&text)
+            .unwrap_or_else(|e| panic!("ublkctl {}: {e}: {text}", words.join(" ")))
+    }
+
+    /// Runs a command that must fail with this code and one line on stderr, which is returned.
+    #[track_caller]
+    pub(crate) fn refused(&self, code: i32, words: &[&str]) -> String {
+        one_line(&self.run(words), code, words)
+    }
+
+    /// What [`Machine::refused`] does, and `p0` is byte for byte what it was.
+    #[track_caller]
+    pub(crate) fn refused_untouched(&self, code: i32, words: &[&str]) -> String {
+        let before = self.pool_bytes();
+        let line = self.refused(code, words);
+        assert!(
+            before == self.pool_bytes(),
+            "ublkctl {} changed the pool",
+            words.join(" ")
+        );
+        line
+    }
+
+    /// The names in `list`, one a line.
+    #[track_caller]
+    pub(crate) fn names(&self) -> Vec<String> {
+        let text = self.ok(&["list", "-H", "-o", "name", "p0"]);
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Starts `serve p0` in the foreground and waits until it answers.
+    #[track_caller]
+    pub(crate) fn serve(&self) -> Daemon {
+        let log = fs::File::create(self.path("serve.log")).expect("a log");
+        let mut command = self.command(&["serve", "p0"]);
+        let child = command
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("ublkctl starts");
+        let daemon = Daemon { child };
+        for _ in 0..500 {
+            if self.socket().exists() {
+                return daemon;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        panic!(
+            "no daemon: {}",
+            fs::read_to_string(self.path("serve.log")).expect("the log")
+        );
+    }
+
+    /// The daemon's socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path("run/p0.sock")
+    }
+}
+
+/// A daemon that dies with its test.
+pub(crate) struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as `kill` does; its exit code.
+    #[track_caller]
+    pub(crate) fn terminate(mut self) -> Option<i32> {
+        let pid = self.pid().to_string();
+        assert!(
+            Command::new("kill")
+                .arg(pid)
+                .status()
+                .expect("kill starts")
+                .success()
+        );
+        self.child.wait().expect("the daemon ends").code()
+    }
+
+    /// Ends it as `kill -9` does.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("the daemon can be killed");
+        self.child.wait().expect("the daemon ends");
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn ends(mut self) -> Option<i32> {
+        self.child.wait().expect("the daemon ends").code()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.child.kill().expect("the daemon can be killed");
+            self.child.wait().expect("the daemon ends");
+        }
+    }
+}
+
+/// What a process answered.
+pub(crate) fn said(output: &Output) -> Said {
+    Said {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// The one line of a refusal.
+#[track_caller]
+pub(crate) fn one_line(said: &Said, code: i32, words: &[&str]) -> String {
+    let words = words.join(" ");
+    assert_eq!(said.code, code, "ublkctl {words}: {said:?}");
+    assert_eq!(said.stderr.lines().count(), 1, "ublkctl {words}: {said:?}");
+    assert!(
+        said.stderr.starts_with("ublkctl: ") && said.stderr.ends_with('\n'),
+        "{said:?}"
+    );
+    assert_eq!(said.stdout, "", "ublkctl {words}");
+    said.stderr.trim_end().to_owned()
+}
+
+/// Flips bits in a file.
+pub(crate) fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).expect("the file");
+    bytes[at] ^= 0x10;
+    fs::write(path, bytes).expect("the file");
+}

@@ -1,0 +1,6 @@
+//! The real binary, run as users run it: one test program, so that it is linked once.
+
+mod bad_input;
+mod daemon;
+mod kit;
+mod offline;
