@@ -207,6 +207,16 @@ fn offline(
     Outcome::Answer(offline_locked(entry, runtime, file, request, progress))
 }
 
+/// What most mistakes come to: found before the pool is opened for writing, which would mark it.
+fn preflight(
+    entry: &PoolEntry,
+    runtime: &Runtime,
+    file: &Arc<PoolFile>,
+    request: &Request,
+) -> Result<()> {
+    open(entry, runtime, file.clone(), true, Role::Command)?.preflight(request)
+}
+
 /// Where a missing pool file is concerned, the way out.
 fn named(entry: &PoolEntry, error: Error) -> Error {
     if error.kind() != ErrorKind::NotFound {
@@ -231,6 +241,9 @@ fn offline_locked(
     progress: Progress<'_>,
 ) -> Result<Reply> {
     let read_only = request.is_read_only();
+    if !read_only {
+        preflight(entry, runtime, &file, request)?;
+    }
     let host = open(entry, runtime, file, read_only, Role::Command)?;
     let answer = host.handle(request.clone(), progress);
     if read_only {

@@ -5,9 +5,9 @@
 
 use crate::protocol::DeviceRow;
 use crate::state::{self, Runtime};
-use crate::ublk_stub::{DeviceState, Served};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
+use blockfork::ublk::{DeviceState, Served, device_exists};
 use blockfork::units::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -53,13 +53,7 @@ impl DeviceEntry {
 
     /// Whether the kernel still has the device.
     fn is_in_kernel(&self) -> bool {
-        let id = self.state.dev_id;
-        [
-            format!("/sys/class/ublk-char/ublkc{id}"),
-            format!("/dev/ublkc{id}"),
-        ]
-        .iter()
-        .any(|path| Path::new(path).exists())
+        device_exists(self.state.dev_id)
     }
 }
 
@@ -173,6 +167,16 @@ impl Devices {
             .iter()
             .position(|slot| slot.entry.path == *path)?;
         Some(self.slots.remove(index))
+    }
+
+    /// Takes out the devices that `is_gone`.
+    pub(crate) fn drop_gone(&mut self, is_gone: impl Fn(&DeviceEntry) -> bool) {
+        let (gone, kept) = self.slots.drain(..).partition(|slot| is_gone(&slot.entry));
+        self.slots = kept;
+        let gone: Vec<Slot> = gone;
+        for slot in &gone {
+            self.unlink(&slot.entry);
+        }
     }
 
     /// Puts a device back that could not be taken away.

@@ -6,11 +6,11 @@
 use crate::devices::{DeviceEntry, Devices, Slot};
 use crate::exit_code::one_line;
 use crate::protocol::{DeviceRow, Reply, Request, Resized, Row, Selection, Status};
-use crate::ublk_stub as ublk;
 use blockfork::device::FileDevice;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::Pool;
+use blockfork::ublk;
 use blockfork::units::BLOCK_BYTES;
 use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
@@ -182,10 +182,7 @@ impl Host {
 
     fn resize(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<Reply> {
         let devices = self.devices();
-        let path = VolumePath {
-            volume: volume.clone(),
-            snapshot: None,
-        };
+        let path = whole(volume);
         block_on(self.pool.resize(&self.device, volume, bytes, allow_shrink))?;
         let Some(slot) = devices.find(&path) else {
             return Ok(Reply::Resized(Resized::Unattached));
@@ -207,10 +204,7 @@ impl Host {
 
     fn rollback(&self, snapshot: &VolumePath) -> Result<Reply> {
         let devices = self.devices();
-        let path = VolumePath {
-            volume: snapshot.volume.clone(),
-            snapshot: None,
-        };
+        let path = whole(&snapshot.volume);
         let Some(slot) = devices.find(&path) else {
             return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);
         };
@@ -268,17 +262,10 @@ impl Host {
 
     fn grow(&self, bytes: u64) -> Result<Reply> {
         let _alone = self.devices();
+        self.growable(bytes)?;
         let file = self.device.file();
         let shown = file.path().display();
         let failed = |e| Error::io(e, format!("{shown}: cannot be extended"));
-        let is_smaller = |now: u64| {
-            Error::with(
-                ErrorKind::Invalid,
-                format!(
-                    "{shown}: holds {now} bytes already; a pool only grows, give more than that"
-                ),
-            )
-        };
         // Reopened by its descriptor: the same file, whatever its path leads to by now.
         let opened = OpenOptions::new()
             .read(true)
@@ -296,8 +283,6 @@ impl Host {
         } else if bytes > now {
             opened.set_len(bytes).map_err(failed)?;
             opened.sync_all().map_err(failed)?;
-        } else if bytes < now && bytes <= self.pool.status().size_bytes {
-            return Err(is_smaller(now));
         }
         block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
     }
@@ -416,22 +401,28 @@ impl Host {
         flushed.map(|()| Some(row))
     }
 
-    /// Serves again every device that the file names.
+    /// Serves again every device that the file names, and forgets those that the kernel does not have any more.
     pub(crate) fn recover(&self) -> Result<()> {
         let mut devices = self.devices();
-        devices.save()?;
+        let mut gone = Vec::new();
         for slot in devices.slots_mut() {
+            let node = slot.entry.node();
             match self.recover_one(&slot.entry) {
                 Ok(served) => {
-                    info!(volume = %slot.entry.path, device = %slot.entry.node(), "recovered");
+                    info!(volume = %slot.entry.path, device = %node, "recovered");
                     slot.served = Some(served);
                 }
                 Err(e) => {
-                    warn!(volume = %slot.entry.path, device = %slot.entry.node(), "cannot be recovered: {}", one_line(&e));
+                    warn!(volume = %slot.entry.path, device = %node, "cannot be recovered: {}", one_line(&e));
+                    if e.kind() == ErrorKind::NotFound {
+                        gone.push(slot.entry.state.dev_id);
+                    }
                     slot.fault = Some(one_line(&e));
                 }
             }
         }
+        devices.drop_gone(|entry| gone.contains(&entry.state.dev_id));
+        devices.save()?;
         devices
             .slots()
             .iter()
@@ -441,21 +432,122 @@ impl Host {
     }
 
     fn recover_one(&self, entry: &DeviceEntry) -> Result<ublk::Served> {
-        let attached = self.pool.attach(&entry.path, entry.read_only)?;
-        if attached.id() != entry.id {
-            attached.detach();
-            return Err(Error::with(
-                ErrorKind::NotFound,
+        // Not `NotFound`: the kernel has the device, and somebody may be waiting for it.
+        let lost = |fact: String| {
+            Error::with(
+                ErrorKind::Io,
                 format!(
-                    "{}/{}: is not the volume that {} served",
+                    "{}/{}: {fact}; `ublkctl detach --force {}` gives it up",
                     self.name,
                     entry.path,
                     entry.node()
                 ),
-            ));
+            )
+        };
+        let attached = self.pool.attach(&entry.path, entry.read_only);
+        let attached = attached.map_err(|e| lost(one_line(&e)))?;
+        if attached.id() != entry.id {
+            attached.detach();
+            return Err(lost(format!(
+                "is not the volume that {} served",
+                entry.node()
+            )));
         }
         let recovered =
             ublk::Served::recover(self.device.file().clone(), attached.clone(), &entry.state);
         recovered.inspect_err(|_| attached.detach())
+    }
+
+    /// The refusal of a request that would fail, as far as that can be seen without changing anything. The pool may be
+    /// open read-only: without a daemon, a mistake shall not even touch the pool's file.
+    pub(crate) fn preflight(&self, request: &Request) -> Result<()> {
+        match request {
+            Request::Create { volume, .. } => self.absent(&whole(volume)),
+            Request::Remove {
+                targets, recursive, ..
+            } => self.remove(targets, *recursive, true).map(drop),
+            Request::Rename { from, to } => self.present(from).and_then(|_| self.absent(to)),
+            Request::Resize {
+                volume,
+                bytes,
+                allow_shrink,
+            } => self.resizable(volume, *bytes, *allow_shrink),
+            Request::Snapshot { targets } => targets.iter().try_for_each(|target| {
+                self.present(&whole(&target.volume))
+                    .and_then(|_| self.absent(target))
+            }),
+            Request::Clone { snapshot, volume } => self
+                .present(snapshot)
+                .and_then(|_| self.absent(&whole(volume))),
+            Request::Rollback { snapshot } => self.present(snapshot).map(drop),
+            Request::Grow { bytes } => self.growable(*bytes),
+            Request::Status
+            | Request::Stats
+            | Request::List
+            | Request::Devices
+            | Request::Diff { .. }
+            | Request::Check
+            | Request::Attach { .. }
+            | Request::Detach { .. }
+            | Request::Stop => Ok(()),
+        }
+    }
+
+    /// The size and the sector of what must be there.
+    fn present(&self, path: &VolumePath) -> Result<(u64, u32)> {
+        let attached = self.pool.attach(path, true)?;
+        let found = (attached.bytes(), attached.sector_bytes());
+        attached.detach();
+        Ok(found)
+    }
+
+    fn absent(&self, path: &VolumePath) -> Result<()> {
+        match self.present(path) {
+            Ok(_) => Err(Error::with(
+                ErrorKind::AlreadyExists,
+                format!("{}/{path}: exists already", self.name),
+            )),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn resizable(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<()> {
+        let (now, sector_bytes) = self.present(&whole(volume))?;
+        let fact = if !bytes.is_multiple_of(u64::from(sector_bytes)) {
+            format!("{bytes} bytes are not a multiple of its sector size, {sector_bytes}")
+        } else if bytes < now && !allow_shrink {
+            format!(
+                "holds {now} bytes; what lies beyond {bytes} would be lost, --allow-shrink allows that"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!("{}/{volume}: {fact}", self.name),
+        ))
+    }
+
+    fn growable(&self, bytes: u64) -> Result<()> {
+        let now = self.pool.status().size_bytes;
+        if bytes > now {
+            return Ok(());
+        }
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!(
+                "{}: has {now} bytes already; a pool only grows, give more than that",
+                self.name
+            ),
+        ))
+    }
+}
+
+/// A volume itself, as opposed to a snapshot of it.
+fn whole(volume: &Name) -> VolumePath {
+    VolumePath {
+        volume: volume.clone(),
+        snapshot: None,
     }
 }

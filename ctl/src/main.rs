@@ -14,7 +14,6 @@ mod reference;
 mod signature;
 mod size;
 mod state;
-mod ublk_stub;
 
 use clap::Parser;
 use clap::error::ErrorKind as UsageKind;

@@ -8,9 +8,9 @@ use crate::exit_code::{FAILED, OK, one_line, printable};
 use crate::output;
 use crate::protocol::{DeviceRow, Reply, Request, Selection};
 use crate::state::{self, PoolEntry, Registry, Runtime, pools_with_devices};
-use crate::ublk_stub as ublk;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
+use blockfork::ublk;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread::available_parallelism;
@@ -70,6 +70,9 @@ pub(super) fn detach(options: &Detach) -> Result<()> {
         chosen.extend(pools.into_iter().map(|pool| (pool, Selection::All)));
     } else {
         for text in &options.targets {
+            if options.force && forget_stray(text)? {
+                continue;
+            }
             let (pool, path) = target(text)?;
             match chosen
                 .entry(pool)
@@ -181,6 +184,31 @@ fn target(text: &str) -> Result<(Name, VolumePath)> {
             "{shown}: not a device that ublkctl attached; `ublkctl list -o name,device` shows those"
         ),
     ))
+}
+
+/// Devices that ublkctl made, that no process serves and no pool knows.
+pub(super) fn strays() -> Result<Vec<String>> {
+    let mut strays: Vec<String> = Vec::new();
+    for orphan in ublk::orphans()? {
+        strays.push(format!("/dev/ublkb{}", orphan.state.dev_id));
+    }
+    for pool in pools_with_devices()? {
+        let known = devices_of(&pool)?;
+        strays.retain(|stray| known.iter().all(|row| row.device != *stray));
+    }
+    Ok(strays)
+}
+
+/// Gives up a stray device; false if it is none.
+fn forget_stray(text: &str) -> Result<bool> {
+    let is_stray = text.starts_with('/') && strays()?.iter().any(|stray| stray == text);
+    let number = text
+        .strip_prefix("/dev/ublkb")
+        .and_then(|number| number.parse().ok());
+    match number {
+        Some(number) if is_stray => ublk::forget(number).map(|()| true),
+        _ => Ok(false),
+    }
 }
 
 pub(super) fn recover(pool: &Name) -> Result<u8> {

@@ -1,65 +1,34 @@
 //! `doctor`: is this machine able to attach volumes, and if not, what to do.
 
-use crate::exit_code::{FAILED, OK};
+use super::device;
+use crate::exit_code::{FAILED, OK, one_line};
 use crate::output::{self, Align, Format, Table};
 use crate::state;
-use crate::ublk_stub as ublk;
 use blockfork::error::Result;
-use nix::sys::resource::{Resource, getrlimit};
-use nix::unistd::getuid;
-use serde::Serialize;
-use std::fs;
+use blockfork::ublk::{self, Check};
+use nix::unistd::{AccessFlags, access};
 use std::path::Path;
 
-/// Descriptors that a device takes: its node, the pool's file, a ring a queue.
-const DESCRIPTORS_WANTED: u64 = 4096;
-
-/// One thing that was looked at.
-#[derive(Debug, Serialize)]
-struct Finding {
-    check: String,
-    ok: bool,
-    fact: String,
-    way_out: Option<String>,
-}
-
-impl Finding {
-    fn new(check: impl Into<String>, ok: bool, fact: impl Into<String>, way_out: &str) -> Self {
-        Self {
-            check: check.into(),
-            ok,
-            fact: fact.into(),
-            way_out: (!ok).then(|| way_out.to_owned()),
-        }
-    }
-}
-
 pub(super) fn doctor(format: Format) -> Result<u8> {
-    let mut findings = vec![kernel(), user(), descriptors(), own_boot_id()];
+    let mut driver = ublk::driver();
+    driver.checks.push(boot_id());
     for (variable, path) in state::directories()? {
-        findings.push(directory(variable, &path));
+        driver.checks.push(directory(variable, &path));
     }
-    for check in ublk::driver().checks {
-        findings.push(Finding::new(
-            check.name,
-            check.ok,
-            check.fact,
-            &check.way_out,
-        ));
-    }
-    let is_able = findings.iter().all(|finding| finding.ok);
+    driver.checks.push(orphans());
+    let is_able = driver.is_able();
     if format.json {
-        output::json(&findings)?;
+        output::json(&driver)?;
     } else {
         let columns = ["check", "ok", "fact", "way out"].map(|name| (name, Align::Left));
         let mut table = Table::new(columns);
-        for finding in findings {
-            let ok = if finding.ok { "yes" } else { "NO" };
+        for check in driver.checks {
+            let ok = if check.ok { "yes" } else { "NO" };
             table.row(vec![
-                finding.check,
+                check.name,
                 ok.to_owned(),
-                finding.fact,
-                finding.way_out.unwrap_or_default(),
+                check.fact,
+                check.way_out.unwrap_or_default(),
             ]);
         }
         table.print(format)?;
@@ -67,59 +36,67 @@ pub(super) fn doctor(format: Format) -> Result<u8> {
     Ok(if is_able { OK } else { FAILED })
 }
 
-fn kernel() -> Finding {
-    match fs::read_to_string("/proc/sys/kernel/osrelease") {
-        Ok(release) => Finding::new("kernel", true, release.trim(), ""),
-        Err(e) => Finding::new("kernel", false, format!("unknown: {e}"), "mount /proc"),
+fn check(
+    name: impl Into<String>,
+    ok: bool,
+    fact: impl Into<String>,
+    way_out: impl Into<String>,
+) -> Check {
+    Check {
+        name: name.into(),
+        ok,
+        fact: fact.into(),
+        way_out: (!ok).then(|| way_out.into()),
     }
 }
 
-fn user() -> Finding {
-    let uid = getuid();
-    Finding::new(
-        "root",
-        uid.is_root(),
-        format!("user {uid}"),
-        "run as root: devices need CAP_SYS_ADMIN",
-    )
-}
-
-fn descriptors() -> Finding {
-    let way_out = "raise it with `ulimit -n` or LimitNOFILE=: each device takes some";
-    match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((_, hard)) => Finding::new(
-            "open files",
-            hard >= DESCRIPTORS_WANTED,
-            format!("at most {hard}"),
-            way_out,
-        ),
-        Err(e) => Finding::new("open files", false, format!("unknown: {e}"), way_out),
-    }
-}
-
-fn own_boot_id() -> Finding {
-    match state::boot_id() {
-        Ok(_) => Finding::new("boot id", true, "there", ""),
-        Err(e) => Finding::new("boot id", false, e.to_string(), "mount /proc"),
-    }
+fn boot_id() -> Check {
+    let (ok, fact) = match state::boot_id() {
+        Ok(_) => (true, "known".to_owned()),
+        Err(e) => (false, one_line(&e)),
+    };
+    check("boot id", ok, fact, "mount /proc")
 }
 
 /// A directory that is there, or can be made.
-fn directory(variable: &str, path: &Path) -> Finding {
+fn directory(variable: &str, path: &Path) -> Check {
     let existing = path
         .ancestors()
         .find(|ancestor| ancestor.exists())
         .unwrap_or(Path::new("/"));
-    let is_writable = nix::unistd::access(existing, nix::unistd::AccessFlags::W_OK).is_ok();
+    let is_writable = access(existing, AccessFlags::W_OK).is_ok();
     let fact = match (is_writable, existing == path) {
         (true, true) => "writable",
         (true, false) => "made when it is needed",
         (false, _) => "not writable",
     };
-    Finding::new(
+    check(
         path.display().to_string(),
         is_writable,
         fact,
-        &format!("run as root, or set {variable}"),
+        format!("run as root, or set {variable}"),
     )
+}
+
+/// Devices of a daemon that was killed just when it made them, so that no pool knows them.
+fn orphans() -> Check {
+    match device::strays() {
+        Ok(strays) if strays.is_empty() => check("stray devices", true, "none", ""),
+        Ok(strays) => {
+            let nodes = strays.join(" ");
+            check(
+                "stray devices",
+                false,
+                &*nodes,
+                format!("run `ublkctl detach --force {nodes}`"),
+            )
+        }
+        // Without the driver there are none, and the lines above say so.
+        Err(e) => check(
+            "stray devices",
+            true,
+            format!("unknown: {}", one_line(&e)),
+            "",
+        ),
+    }
 }
