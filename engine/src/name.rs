@@ -56,11 +56,16 @@ impl FromStr for Name {
             return refuse("is empty".into());
         }
         if text.len() > NAME_BYTES_MAX {
-            return refuse(format!("is {} bytes long, at most {NAME_BYTES_MAX} are allowed", text.len()));
+            return refuse(format!(
+                "is {} bytes long, at most {NAME_BYTES_MAX} are allowed",
+                text.len()
+            ));
         }
         let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':');
         if let Some(bad) = text.chars().find(|&c| !allowed(c)) {
-            return refuse(format!("{bad:?} is not allowed; use letters, digits, '_', '-', '.' and ':'"));
+            return refuse(format!(
+                "{bad:?} is not allowed; use letters, digits, '_', '-', '.' and ':'"
+            ));
         }
         if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) {
             return refuse("must start with a letter or a digit".into());
@@ -163,7 +168,10 @@ mod tests {
     #[test]
     fn hostile_names_are_refused() {
         let long = "x".repeat(NAME_BYTES_MAX + 1);
-        for text in ["", "/", "a/b/c", "a@b@c", "a b", "..", "a..b", "-a", ".a", "a\n", "a\0", "\u{e9}", &long] {
+        for text in [
+            "", "/", "a/b/c", "a@b@c", "a b", "..", "a..b", "-a", ".a", "a\n", "a\0", "\u{e9}",
+            &long,
+        ] {
             let error = text.parse::<Name>().unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{text:?}");
             assert!(!error.to_string().contains('\n'), "{text:?}");

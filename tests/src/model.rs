@@ -9,7 +9,9 @@ use blockfork::clock::ManualClock;
 use blockfork::device::BlockBuf;
 use blockfork::error::ErrorKind;
 use blockfork::name::{Name, VolumePath};
-use blockfork::pool::{Attached, CreateOptions, OpenOptions, Pool, Redirect, RingPlace, VolumeOptions};
+use blockfork::pool::{
+    Attached, CreateOptions, OpenOptions, Pool, Redirect, RingPlace, VolumeOptions,
+};
 use blockfork::units::{PoolId, Timestamp};
 use fastrand::Rng;
 use futures_lite::future::block_on;
@@ -36,7 +38,10 @@ impl Content {
 
     fn set(&mut self, lba: u64, stamp: Stamp) {
         let old = self.get(lba);
-        self.window.entry(lba).or_insert_with(|| BTreeSet::from([old])).insert(stamp);
+        self.window
+            .entry(lba)
+            .or_insert_with(|| BTreeSet::from([old]))
+            .insert(stamp);
         self.now.insert(lba, stamp);
     }
 
@@ -89,11 +94,22 @@ impl Pair {
     pub fn new(seed: u64, pool_blocks: u64, with_ring: bool) -> Self {
         let mut rng = Rng::with_seed(seed);
         let ring = with_ring.then(|| {
-            std::env::temp_dir().join(format!("blockfork-model-{}-{seed}.ring", std::process::id()))
+            std::env::temp_dir().join(format!(
+                "blockfork-model-{}-{seed}.ring",
+                std::process::id()
+            ))
         });
-        let redirect = if rng.u8(..4) == 0 { Redirect::Always } else { Redirect::Shared };
+        let redirect = if rng.u8(..4) == 0 {
+            Redirect::Always
+        } else {
+            Redirect::Shared
+        };
         // A block written in place tears where the device below does; one that is redirected never does.
-        let sector = if redirect == Redirect::Always { 512 } else { 4096 };
+        let sector = if redirect == Redirect::Always {
+            512
+        } else {
+            4096
+        };
         let mut pair = Self {
             device: SimDevice::with_sector(pool_blocks, sector),
             pool: None,
@@ -152,7 +168,8 @@ impl Pair {
             return Arc::clone(attached);
         }
         let attached = self.pool().attach(&path(volume, None), false).unwrap();
-        self.attached.insert(volume.to_owned(), Arc::clone(&attached));
+        self.attached
+            .insert(volume.to_owned(), Arc::clone(&attached));
         attached
     }
 
@@ -193,7 +210,10 @@ impl Pair {
             redirect: self.redirect,
         };
         let name_typed: Name = name.parse().unwrap();
-        match block_on(self.pool().create_volume(&self.device, &name_typed, options)) {
+        match block_on(
+            self.pool()
+                .create_volume(&self.device, &name_typed, options),
+        ) {
             Ok(_) => {
                 self.flushed();
                 let content = Content {
@@ -208,7 +228,9 @@ impl Pair {
 
     /// Writes, discards or zeroes; true if the device failed.
     fn change_blocks(&mut self) -> bool {
-        let Some(volume) = self.pick_volume() else { return false };
+        let Some(volume) = self.pick_volume() else {
+            return false;
+        };
         let blocks = self.volumes[&volume].blocks;
         let (start, count) = self.pick_range(blocks, 20);
         let attached = self.attached(&volume);
@@ -246,7 +268,10 @@ impl Pair {
                     self.adopt(&volume, start, count);
                     return false;
                 }
-                assert!(matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned), "{error}");
+                assert!(
+                    matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned),
+                    "{error}"
+                );
                 true
             }
         }
@@ -260,7 +285,10 @@ impl Pair {
         let content = self.volumes.get_mut(volume).unwrap();
         for (lba, block) in (start..).zip(buffer.chunks_exact(4096)) {
             let stamp = stamp_of(block);
-            assert!(content.window[&lba].contains(&stamp), "block {lba} holds {stamp}");
+            assert!(
+                content.window[&lba].contains(&stamp),
+                "block {lba} holds {stamp}"
+            );
             content.now.insert(lba, stamp);
         }
     }
@@ -271,7 +299,10 @@ impl Pair {
         self.rng.shuffle(&mut volumes);
         volumes.truncate(count);
         let name = self.fresh_name();
-        let targets: Vec<VolumePath> = volumes.iter().map(|volume| path(volume, Some(&name))).collect();
+        let targets: Vec<VolumePath> = volumes
+            .iter()
+            .map(|volume| path(volume, Some(&name)))
+            .collect();
         if targets.is_empty() {
             return false;
         }
@@ -291,16 +322,25 @@ impl Pair {
     #[expect(clippy::unused_self, reason = "reads as a step of the run")]
     fn failed(&self, error: &blockfork::error::Error) -> bool {
         assert!(
-            matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned | ErrorKind::OutOfSpace),
+            matches!(
+                error.kind(),
+                ErrorKind::Io | ErrorKind::Poisoned | ErrorKind::OutOfSpace
+            ),
             "{error}"
         );
         error.kind() != ErrorKind::OutOfSpace
     }
 
     fn clone_snapshot(&mut self) -> bool {
-        let Some((volume, snapshot)) = self.pick_snapshot() else { return false };
+        let Some((volume, snapshot)) = self.pick_snapshot() else {
+            return false;
+        };
         let name = self.fresh_name();
-        let made = block_on(self.pool().clone_snapshot(&self.device, &path(&volume, Some(&snapshot)), &name.parse().unwrap()));
+        let made = block_on(self.pool().clone_snapshot(
+            &self.device,
+            &path(&volume, Some(&snapshot)),
+            &name.parse().unwrap(),
+        ));
         match made {
             Ok(_) => {
                 self.flushed();
@@ -313,8 +353,13 @@ impl Pair {
     }
 
     fn rollback(&mut self) -> bool {
-        let Some((volume, snapshot)) = self.pick_snapshot() else { return false };
-        match block_on(self.pool().rollback(&self.device, &path(&volume, Some(&snapshot)))) {
+        let Some((volume, snapshot)) = self.pick_snapshot() else {
+            return false;
+        };
+        match block_on(
+            self.pool()
+                .rollback(&self.device, &path(&volume, Some(&snapshot))),
+        ) {
             Ok(()) => {
                 self.flushed();
                 let content = self.snapshots[&(volume.clone(), snapshot)].clone();
@@ -327,13 +372,16 @@ impl Pair {
 
     fn remove(&mut self) -> bool {
         let targets = if self.rng.bool() {
-            self.pick_snapshot().map(|(volume, snapshot)| (volume, Some(snapshot)))
+            self.pick_snapshot()
+                .map(|(volume, snapshot)| (volume, Some(snapshot)))
         } else if self.volumes.len() > 1 {
             self.pick_volume().map(|volume| (volume, None))
         } else {
             None
         };
-        let Some((volume, snapshot)) = targets else { return false };
+        let Some((volume, snapshot)) = targets else {
+            return false;
+        };
         if snapshot.is_none() {
             self.attached.remove(&volume);
         }
@@ -354,10 +402,17 @@ impl Pair {
     }
 
     fn resize(&mut self) -> bool {
-        let Some(volume) = self.pick_volume() else { return false };
+        let Some(volume) = self.pick_volume() else {
+            return false;
+        };
         let blocks = 1 + self.rng.u64(..self.max_blocks);
         self.attached.remove(&volume);
-        match block_on(self.pool().resize(&self.device, &volume.parse().unwrap(), blocks * 4096, true)) {
+        match block_on(self.pool().resize(
+            &self.device,
+            &volume.parse().unwrap(),
+            blocks * 4096,
+            true,
+        )) {
             Ok(()) => {
                 self.flushed();
                 let content = self.volumes.get_mut(&volume).unwrap();
@@ -367,18 +422,7 @@ impl Pair {
             }
             Err(error) if error.kind() == ErrorKind::OutOfSpace => {
                 // What was to be cut off may be gone in part.
-                let content = self.volumes.get_mut(&volume).unwrap();
-                let cut: Vec<u64> = content.now.range(blocks.min(content.blocks)..).map(|(lba, _)| *lba).collect();
-                for lba in cut {
-                    let old = content.get(lba);
-                    content.set(lba, 0);
-                    content.now.insert(lba, old);
-                    self.adopt(&volume, lba, 1);
-                    let content = self.volumes.get_mut(&volume).unwrap();
-                    let _ = content;
-                    return self.adopt_all(&volume);
-                }
-                false
+                self.adopt_all(&volume)
             }
             Err(error) => self.failed(&error),
         }
@@ -479,7 +523,8 @@ impl Pair {
     fn crash(&mut self, loss: Loss) {
         // Nothing but the last operation may be under way when it happens.
         let with_power = loss == Loss::None && self.ring.is_some();
-        let before: (BTreeMap<_, _>, BTreeMap<_, _>) = (self.volumes.clone(), self.snapshots.clone());
+        let before: (BTreeMap<_, _>, BTreeMap<_, _>) =
+            (self.volumes.clone(), self.snapshots.clone());
         self.device.fail_after(self.rng.u64(..12));
         let mut unsure = None;
         for _ in 0..20 {
@@ -523,7 +568,10 @@ impl Pair {
                 }
                 block_on(attached.read(&self.device, lba * 4096, &mut buffer)).unwrap();
                 let stamp = stamp_of(&buffer);
-                assert!(window.contains(&stamp), "{volume} block {lba}: {stamp} is not in {window:?}");
+                assert!(
+                    window.contains(&stamp),
+                    "{volume} block {lba}: {stamp} is not in {window:?}"
+                );
                 let expected = content.now.get(&lba).copied().unwrap_or(0);
                 // The last request may have failed after it took effect; its stamp is the youngest.
                 let is_youngest = window.last() == Some(&stamp);
@@ -564,7 +612,10 @@ impl Pair {
             None => (self.attached(volume), &self.volumes[volume]),
             Some(name) => {
                 let attached = self.pool().attach(&path(volume, snapshot), true).unwrap();
-                (attached, &self.snapshots[&(volume.to_owned(), name.to_owned())])
+                (
+                    attached,
+                    &self.snapshots[&(volume.to_owned(), name.to_owned())],
+                )
             }
         };
         assert_eq!(attached.bytes(), content.blocks * 4096);
@@ -587,7 +638,11 @@ impl Pair {
 
     fn remove_everything(&mut self) {
         self.attached.clear();
-        let all: Vec<VolumePath> = self.volumes.keys().map(|volume| path(volume, None)).collect();
+        let all: Vec<VolumePath> = self
+            .volumes
+            .keys()
+            .map(|volume| path(volume, None))
+            .collect();
         if !all.is_empty() {
             block_on(self.pool().remove(&self.device, &all, true, false)).unwrap();
         }
@@ -611,7 +666,11 @@ impl Pair {
         block_on(Pool::create(&fresh, options)).unwrap();
         self.device = fresh;
         self.open();
-        assert_eq!(used, self.pool().status().used_bytes, "used, against an empty pool");
+        assert_eq!(
+            used,
+            self.pool().status().used_bytes,
+            "used, against an empty pool"
+        );
         if let Some(ring) = &self.ring {
             let _gone = std::fs::remove_file(ring);
         }

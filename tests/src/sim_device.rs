@@ -110,7 +110,10 @@ impl SimDevice {
 
     fn begin(&self) -> Result<()> {
         let mut state = self.0.borrow_mut();
-        if state.fails_after.is_some_and(|limit| state.operations >= limit) {
+        if state
+            .fails_after
+            .is_some_and(|limit| state.operations >= limit)
+        {
             return Err(Error::with(ErrorKind::Io, "the simulated power is gone"));
         }
         state.operations += 1;

@@ -9,7 +9,8 @@ fn seeds() -> std::ops::Range<u64> {
             seed..seed + 1
         }
         Err(_) => {
-            let count = std::env::var("BLOCKFORK_SEEDS").map_or(500, |text| text.parse().expect("a number"));
+            let count = std::env::var("BLOCKFORK_SEEDS")
+                .map_or(500, |text| text.parse().expect("a number"));
             0..count
         }
     }

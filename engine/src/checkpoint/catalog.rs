@@ -24,7 +24,11 @@ pub(super) fn level_sizes(slots: usize) -> Vec<usize> {
 pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageIdentity {
     PageIdentity {
         pool: metadata.id,
-        kind: if level == 0 { PageKind::Catalog } else { PageKind::CatalogIndex },
+        kind: if level == 0 {
+            PageKind::Catalog
+        } else {
+            PageKind::CatalogIndex
+        },
         level: u8::try_from(level).unwrap_or(u8::MAX),
         ptr,
     }
@@ -38,13 +42,22 @@ pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)
     let mut gone: Vec<PagePtr> = Vec::new();
     let mut pages = metadata.catalog.dirty_pages().clone();
     for level in 0..sizes.len().max(metadata.catalog_places.len()) {
-        let places = metadata.catalog_places.get(level).map_or(&[][..], Vec::as_slice);
+        let places = metadata
+            .catalog_places
+            .get(level)
+            .map_or(&[][..], Vec::as_slice);
         let kept = size(level).min(places.len());
         gone.extend(places[kept..].iter().flatten());
         pages.extend(kept..places.len());
-        let above = pages.iter().map(|page| page / CATALOG_INDEX_ENTRIES).collect();
+        let above = pages
+            .iter()
+            .map(|page| page / CATALOG_INDEX_ENTRIES)
+            .collect();
         pages.retain(|page| *page < size(level));
-        for old in pages.iter().filter_map(|page| places.get(*page).copied().flatten()) {
+        for old in pages
+            .iter()
+            .filter_map(|page| places.get(*page).copied().flatten())
+        {
             metadata.space.referenced(old.pba)?;
         }
         dirty.push(std::mem::replace(&mut pages, above));

@@ -27,7 +27,11 @@ pub(crate) async fn load<D: Device>(device: &D, superblock: &Superblock) -> Resu
     Ok(metadata)
 }
 
-async fn load_space<D: Device>(device: &D, superblock: &Superblock, space: &mut SpaceMap) -> Result<()> {
+async fn load_space<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+    space: &mut SpaceMap,
+) -> Result<()> {
     let mut buffer = BlockBuf::zeroed(1);
     space.load_top(&superblock.counts)?;
     for level in (1..=INDEX_LEVELS).rev() {
@@ -46,14 +50,20 @@ async fn load_space<D: Device>(device: &D, superblock: &Superblock, space: &mut 
     Ok(())
 }
 
-async fn load_catalog<D: Device>(device: &D, superblock: &Superblock, metadata: &mut Metadata) -> Result<()> {
+async fn load_catalog<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+    metadata: &mut Metadata,
+) -> Result<()> {
     let mut buffer = BlockBuf::zeroed(1);
     let slots = usize::try_from(superblock.catalog_slots).unwrap_or(usize::MAX);
     let sizes = level_sizes(slots);
     let is_consistent = sizes.len().saturating_sub(1) == usize::from(superblock.catalog_level)
         && sizes.is_empty() == superblock.catalog.is_none();
     if !is_consistent {
-        return Err(Error::corrupt("superblock: its catalog is of a size that cannot be"));
+        return Err(Error::corrupt(
+            "superblock: its catalog is of a size that cannot be",
+        ));
     }
     let lost = || Error::corrupt("catalog index page: a page is missing");
     let mut places = vec![superblock.catalog.into_iter().map(Some).collect::<Vec<_>>()];
@@ -62,7 +72,11 @@ async fn load_catalog<D: Device>(device: &D, superblock: &Superblock, metadata: 
         for ptr in places.last().into_iter().flatten() {
             let ptr = ptr.ok_or_else(lost)?;
             let page = read_page(device, ptr.pba, &mut buffer).await?;
-            below.extend(decode_index(&page, identity(metadata, level, ptr), superblock.blocks)?);
+            below.extend(decode_index(
+                &page,
+                identity(metadata, level, ptr),
+                superblock.blocks,
+            )?);
         }
         below.truncate(sizes[level - 1]);
         places.push(below);
@@ -75,8 +89,14 @@ async fn load_catalog<D: Device>(device: &D, superblock: &Superblock, metadata: 
         let page = read_page(device, ptr.pba, &mut buffer).await?;
         for entry in decode_page(&page, identity(metadata, 0, ptr), superblock.blocks)? {
             let is_young = |ptr: PagePtr| ptr.generation > superblock.generation;
-            if entry.as_ref().is_some_and(|entry| entry.root.ptr.is_some_and(is_young)) {
-                return Err(Error::corrupt("catalog page: a map younger than the checkpoint").at_pba(ptr.pba));
+            if entry
+                .as_ref()
+                .is_some_and(|entry| entry.root.ptr.is_some_and(is_young))
+            {
+                return Err(
+                    Error::corrupt("catalog page: a map younger than the checkpoint")
+                        .at_pba(ptr.pba),
+                );
             }
             if left > 0 {
                 metadata.catalog.insert_loaded(entry)?;

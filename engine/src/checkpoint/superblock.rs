@@ -36,25 +36,40 @@ pub(crate) async fn read_superblocks<D: Device>(device: &D, device_blocks: u64) 
         }
     }
     // A copy that a newer program wrote decides, whatever the other says.
-    if let Some(index) = faults.iter().position(|fault| fault.kind() == ErrorKind::Unsupported) {
+    if let Some(index) = faults
+        .iter()
+        .position(|fault| fault.kind() == ErrorKind::Unsupported)
+    {
         return Err(faults.swap_remove(index));
     }
     let Some(superblock) = whole else {
-        let worst = faults.iter().position(|fault| fault.kind() == ErrorKind::Corrupt).unwrap_or(0);
+        let worst = faults
+            .iter()
+            .position(|fault| fault.kind() == ErrorKind::Corrupt)
+            .unwrap_or(0);
         return Err(faults.swap_remove(worst));
     };
     let warnings = faults
         .into_iter()
-        .map(|fault| match fault.kind() {
-            ErrorKind::NotFound => "one superblock copy is gone; the other is used".to_owned(),
-            _ => format!("{fault}; the other copy is used"),
+        .map(|fault| {
+            if fault.kind() == ErrorKind::NotFound {
+                "one superblock copy is gone; the other is used".to_owned()
+            } else {
+                format!("{fault}; the other copy is used")
+            }
         })
         .collect();
-    Ok(Found { superblock, warnings })
+    Ok(Found {
+        superblock,
+        warnings,
+    })
 }
 
 /// Writes both copies, one after the other, each durable before the next step.
-pub(crate) async fn write_superblocks<D: Device>(device: &D, superblock: &Superblock) -> Result<()> {
+pub(crate) async fn write_superblocks<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+) -> Result<()> {
     let mut buffer = BlockBuf::zeroed(1);
     for place in SUPERBLOCKS {
         buffer.copy_from_slice(&superblock.encode(place));

@@ -78,7 +78,11 @@ impl Checkpoints {
     }
 
     /// Changes the superblock and makes that durable, without a checkpoint.
-    pub(crate) async fn restate<D: Device>(&self, device: &D, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+    pub(crate) async fn restate<D: Device>(
+        &self,
+        device: &D,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
         let mut current = self.current.lock().await;
         change(&mut current);
         write_superblocks(device, &current).await
@@ -155,12 +159,16 @@ fn freeze(state: &mut State) -> Result<Frozen, Fault> {
     let metadata = &mut state.metadata;
     let catalog = catalog::shadow(metadata)?;
     let generation = metadata.map.generation();
-    let top = metadata.catalog_places.last().and_then(|level| level.first());
+    let top = metadata
+        .catalog_places
+        .last()
+        .and_then(|level| level.first());
     Ok(Frozen {
         generation,
         catalog,
         catalog_top: top.copied().flatten(),
-        catalog_level: u8::try_from(metadata.catalog_places.len().saturating_sub(1)).unwrap_or(u8::MAX),
+        catalog_level: u8::try_from(metadata.catalog_places.len().saturating_sub(1))
+            .unwrap_or(u8::MAX),
         catalog_slots: metadata.catalog.slot_count() as u64,
         next_id: metadata.catalog.next_id().0,
         map: metadata.map.freeze(),
@@ -181,8 +189,18 @@ enum Page<'a> {
 async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Result<()> {
     let generation = frozen.generation;
     let mut pages: Vec<(Pba, Page<'_>)> = Vec::new();
-    pages.extend(frozen.map.iter().map(|page| (page.ptr.pba, Page::Map(page))));
-    pages.extend(frozen.catalog.iter().map(|(ptr, bytes)| (ptr.pba, Page::Encoded(bytes))));
+    pages.extend(
+        frozen
+            .map
+            .iter()
+            .map(|page| (page.ptr.pba, Page::Map(page))),
+    );
+    pages.extend(
+        frozen
+            .catalog
+            .iter()
+            .map(|(ptr, bytes)| (ptr.pba, Page::Encoded(bytes))),
+    );
     for region in &frozen.space.regions {
         let place = |high| region_slot(region.region, region.slot, high);
         pages.push((place(false), Page::Counts(&region.low, PageKind::Counts)));
@@ -191,7 +209,10 @@ async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Re
         }
     }
     for (level, index, slot, content) in &frozen.space.index {
-        pages.push((index_slot(*level, *index, *slot), Page::Index(content, *level)));
+        pages.push((
+            index_slot(*level, *index, *slot),
+            Page::Index(content, *level),
+        ));
     }
     pages.sort_by_key(|(pba, _)| *pba);
 
@@ -208,7 +229,9 @@ async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Re
         for ((pba, page), place) in run.iter().zip(buffer.chunks_exact_mut(BLOCK_LEN)) {
             place.copy_from_slice(&encode(page, *pba, pool, generation));
         }
-        device.write(first.offset(), &buffer[..length * BLOCK_LEN]).await?;
+        device
+            .write(first.offset(), &buffer[..length * BLOCK_LEN])
+            .await?;
         rest = later;
     }
     Ok(())

@@ -48,20 +48,26 @@ impl RequestCounters {
     pub(crate) fn begin(&self, bytes: usize, clock: &dyn Clock) -> Option<u64> {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        number.is_multiple_of(SAMPLING).then(|| clock.monotonic_ns())
+        number
+            .is_multiple_of(SAMPLING)
+            .then(|| clock.monotonic_ns())
     }
 
     /// Times a request that ends.
     pub(crate) fn end(&self, began: Option<u64>, clock: &dyn Clock) {
         if let Some(began) = began {
-            self.latency.record(clock.monotonic_ns().saturating_sub(began));
+            self.latency
+                .record(clock.monotonic_ns().saturating_sub(began));
         }
     }
 }
 
 impl Latencies {
     fn new() -> Self {
-        #[expect(clippy::expect_used, reason = "the bounds are constants that the crate accepts")]
+        #[expect(
+            clippy::expect_used,
+            reason = "the bounds are constants that the crate accepts"
+        )]
         let histogram = Histogram::new_with_bounds(1, LATENCY_NS_MAX, 3).expect("valid bounds");
         Self(Mutex::new(histogram))
     }
@@ -74,7 +80,8 @@ impl Latencies {
     /// How many, the 50th, 99th and 99.9th percentile, and the longest.
     pub(crate) fn summary(&self) -> (u64, [u64; 3], u64) {
         let histogram = self.0.lock();
-        let percentiles = [50.0, 99.0, 99.9].map(|percentile| histogram.value_at_percentile(percentile));
+        let percentiles =
+            [50.0, 99.0, 99.9].map(|percentile| histogram.value_at_percentile(percentile));
         (histogram.len(), percentiles, histogram.max())
     }
 }

@@ -24,9 +24,17 @@ impl<D: Device> Io<'_, D> {
 
     /// Zeroes a byte range; `keep_space`: its blocks stay, or become, allocated. For partial blocks, the caller keeps
     /// other writers of the block away.
-    pub(crate) async fn write_zeroes(&self, offset: u64, bytes: u64, keep_space: bool) -> Result<()> {
+    pub(crate) async fn write_zeroes(
+        &self,
+        offset: u64,
+        bytes: u64,
+        keep_space: bool,
+    ) -> Result<()> {
         let end = offset + bytes;
-        let (first_whole, end_whole) = (offset.next_multiple_of(BLOCK_BYTES), end / BLOCK_BYTES * BLOCK_BYTES);
+        let (first_whole, end_whole) = (
+            offset.next_multiple_of(BLOCK_BYTES),
+            end / BLOCK_BYTES * BLOCK_BYTES,
+        );
         if first_whole >= end_whole {
             return self.write_zero_bytes(offset, end).await;
         }
@@ -48,7 +56,8 @@ impl<D: Device> Io<'_, D> {
         let zeros = BlockBuf::zeroed(usize::try_from(run.div_ceil(BLOCK_BYTES)).unwrap_or(1));
         while at < to {
             let bytes = run.min(to - at);
-            self.write(at, &zeros[..usize::try_from(bytes).unwrap_or(0)]).await?;
+            self.write(at, &zeros[..usize::try_from(bytes).unwrap_or(0)])
+                .await?;
             at += bytes;
         }
         Ok(())

@@ -34,7 +34,10 @@ pub(crate) struct Io<'a, D> {
 impl<D: Device> Io<'_, D> {
     /// Changes the metadata. Where space has run out but released blocks wait for a checkpoint, writes one and tries
     /// again.
-    async fn change<T>(&self, mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>) -> Result<T> {
+    async fn change<T>(
+        &self,
+        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<T> {
         if self.ledger.is_backlogged() {
             flush(self.ledger, self.checkpoints, self.device).await?;
         }
@@ -61,7 +64,9 @@ impl<D: Device> Io<'_, D> {
         if error.kind() != ErrorKind::Corrupt {
             return error;
         }
-        let path = self.ledger.look(|metadata| metadata.catalog.path(self.volume));
+        let path = self
+            .ledger
+            .look(|metadata| metadata.catalog.path(self.volume));
         match path {
             Some(path) => Error::corrupt(format!("{path}: {error}")),
             None => error,

@@ -26,7 +26,10 @@ impl RangeLocks {
             listener!(self.released => released);
             {
                 let mut held = self.held.lock();
-                if !held.iter().any(|other| other.start < range.end && range.start < other.end) {
+                if !held
+                    .iter()
+                    .any(|other| other.start < range.end && range.start < other.end)
+                {
                     held.push(range.clone());
                     return RangeGuard { locks: self, range };
                 }

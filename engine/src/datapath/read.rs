@@ -45,7 +45,8 @@ impl<D: Device> Io<'_, D> {
                 Resolved::Hole(count) => count,
                 Resolved::Mapped(extent) => extent.count,
             };
-            let (now, later) = buffer.split_at_mut(usize::try_from(count).unwrap_or(usize::MAX) * BLOCK_LEN);
+            let (now, later) =
+                buffer.split_at_mut(usize::try_from(count).unwrap_or(usize::MAX) * BLOCK_LEN);
             match resolved {
                 Resolved::Hole(_) => now.fill(0),
                 Resolved::Mapped(extent) => {

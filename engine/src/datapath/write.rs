@@ -31,7 +31,8 @@ impl<D: Device> Io<'_, D> {
         let skip = usize::try_from(offset % BLOCK_BYTES).unwrap_or(0);
         let last = blocks.len() - BLOCK_LEN;
         // Only the first and the last block can be partial; those between are overwritten whole.
-        self.read_blocks(Lba(first), &mut blocks[..BLOCK_LEN]).await?;
+        self.read_blocks(Lba(first), &mut blocks[..BLOCK_LEN])
+            .await?;
         if last > 0 {
             self.read_blocks(Lba(end - 1), &mut blocks[last..]).await?;
         }
@@ -47,10 +48,10 @@ impl<D: Device> Io<'_, D> {
                 .ledger
                 .view(self.device, |metadata| {
                     let root = metadata.catalog.get(self.volume)?.entry.root;
-                    let mapping = match metadata.map.lookup(&metadata.space, root, lba, max)? {
-                        Mapping::Exclusive(extent) if self.redirects_always => Mapping::Shared(extent.count),
-                        mapping => mapping,
-                    };
+                    let mut mapping = metadata.map.lookup(&metadata.space, root, lba, max)?;
+                    if let (Mapping::Exclusive(extent), true) = (mapping, self.redirects_always) {
+                        mapping = Mapping::Shared(extent.count);
+                    }
                     Ok((mapping, self.ledger.gate.enter()))
                 })
                 .await?;
@@ -60,7 +61,9 @@ impl<D: Device> Io<'_, D> {
                     let written = self.device.write(extent.start.offset(), bytes).await;
                     drop(ticket);
                     written.map_err(|error| error.at_lba(lba))?;
-                    self.counters.in_place_blocks.fetch_add(extent.count, Ordering::Relaxed);
+                    self.counters
+                        .in_place_blocks
+                        .fetch_add(extent.count, Ordering::Relaxed);
                     extent.count
                 }
                 Mapping::Hole(count) | Mapping::Shared(count) => {
@@ -89,7 +92,10 @@ impl<D: Device> Io<'_, D> {
             })
             .await
             .map_err(|error| error.at_lba(lba))?;
-        let written = self.device.write(extent.start.offset(), &buffer[..len(extent.count)]).await;
+        let written = self
+            .device
+            .write(extent.start.offset(), &buffer[..len(extent.count)])
+            .await;
         if let Err(error) = written {
             self.ledger.adjust(|metadata| metadata.space.cancel(extent));
             return Err(error.at_lba(lba));
@@ -99,7 +105,10 @@ impl<D: Device> Io<'_, D> {
         while done < extent.count {
             let at = lba.plus(done);
             let until_leaf_end = LEAF_ENTRIES as u64 - at.0 % LEAF_ENTRIES as u64;
-            let run = Extent::new(extent.start.plus(done), until_leaf_end.min(extent.count - done));
+            let run = Extent::new(
+                extent.start.plus(done),
+                until_leaf_end.min(extent.count - done),
+            );
             let record = Record::Map {
                 volume: self.volume,
                 lba: at,
@@ -113,11 +122,15 @@ impl<D: Device> Io<'_, D> {
             }
             done += run.count;
         }
-        self.counters.redirected_blocks.fetch_add(extent.count, Ordering::Relaxed);
+        self.counters
+            .redirected_blocks
+            .fetch_add(extent.count, Ordering::Relaxed);
         Ok(extent.count)
     }
 }
 
 fn len(blocks: u64) -> usize {
-    usize::try_from(blocks).unwrap_or(usize::MAX).saturating_mul(BLOCK_LEN)
+    usize::try_from(blocks)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(BLOCK_LEN)
 }

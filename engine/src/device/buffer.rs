@@ -1,6 +1,9 @@
-//! Memory that O_DIRECT accepts: whole blocks, aligned to a block, zeroed.
+//! Memory that `O_DIRECT` accepts: whole blocks, aligned to a block, zeroed.
 
-#![expect(unsafe_code, reason = "the standard library has no aligned byte buffer")]
+#![expect(
+    unsafe_code,
+    reason = "the standard library has no aligned byte buffer"
+)]
 
 use crate::units::BLOCK_LEN;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -23,8 +26,12 @@ unsafe impl Sync for BlockBuf {}
 impl BlockBuf {
     /// A buffer of `blocks` zeroed blocks, at least one.
     pub fn zeroed(blocks: usize) -> Self {
-        #[expect(clippy::expect_used, reason = "only a size beyond half the address space fails")]
-        let layout = Layout::from_size_align(blocks.max(1) * BLOCK_LEN, BLOCK_LEN).expect("a buffer's size overflows");
+        #[expect(
+            clippy::expect_used,
+            reason = "only a size beyond half the address space fails"
+        )]
+        let layout = Layout::from_size_align(blocks.max(1) * BLOCK_LEN, BLOCK_LEN)
+            .expect("a buffer's size overflows");
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc_zeroed(layout) };
         let Some(pointer) = NonNull::new(pointer) else {

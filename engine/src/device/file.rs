@@ -3,7 +3,10 @@
 //! The lock belongs to the open file that carries the I/O, so it outlives a killed process for as long as the kernel
 //! still works on what that process submitted: whoever gets the lock knows that nothing of the old owner can land.
 
-#![expect(unsafe_code, reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std")]
+#![expect(
+    unsafe_code,
+    reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std"
+)]
 
 use super::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -40,10 +43,11 @@ pub struct PoolFile {
 const LOCK_POLL: Duration = Duration::from_millis(20);
 
 impl PoolFile {
-    /// Opens `path` with O_DIRECT, or buffered where the file system refuses that, and locks it.
+    /// Opens `path` with `O_DIRECT`, or buffered where the file system refuses that, and locks it.
     pub fn open(path: &Path, access: Access) -> Result<Self> {
         let shown = path.display();
-        let metadata = std::fs::metadata(path).map_err(|e| Error::io(e, format!("{shown}: cannot be opened")))?;
+        let metadata = std::fs::metadata(path)
+            .map_err(|e| Error::io(e, format!("{shown}: cannot be opened")))?;
         let is_block_device = metadata.file_type().is_block_device();
         if !is_block_device && !metadata.file_type().is_file() {
             return Err(Error::with(
@@ -52,13 +56,18 @@ impl PoolFile {
             ));
         }
         // O_EXCL without O_CREAT claims a block device: it fails while a mount or another claim holds it.
-        let claim = if is_block_device && access.write { libc::O_EXCL } else { 0 };
+        let claim = if is_block_device && access.write {
+            libc::O_EXCL
+        } else {
+            0
+        };
         let mut waited_ms = 0;
         let (file, is_direct) = loop {
-            let attempt = open_direct_or_buffered(path, access.write, claim).and_then(|(file, is_direct)| {
-                lock(&file, access.write)?;
-                Ok((file, is_direct))
-            });
+            let attempt =
+                open_direct_or_buffered(path, access.write, claim).and_then(|(file, is_direct)| {
+                    lock(&file, access.write)?;
+                    Ok((file, is_direct))
+                });
             match attempt {
                 Ok(opened) => break opened,
                 Err(e) if is_contention(&e) && waited_ms < access.lock_wait_ms => {
@@ -66,7 +75,10 @@ impl PoolFile {
                     waited_ms += 20;
                 }
                 Err(e) if is_contention(&e) => {
-                    return Err(Error::with(ErrorKind::Busy, busy_message(path, &metadata, is_block_device)));
+                    return Err(Error::with(
+                        ErrorKind::Busy,
+                        busy_message(path, &metadata, is_block_device),
+                    ));
                 }
                 Err(e) => return Err(Error::io(e, format!("{shown}: cannot be opened"))),
             }
@@ -148,7 +160,11 @@ fn open_direct_or_buffered(path: &Path, write: bool, claim: i32) -> io::Result<(
 }
 
 fn lock(file: &File, exclusive: bool) -> io::Result<()> {
-    let operation = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    let operation = if exclusive {
+        libc::LOCK_EX
+    } else {
+        libc::LOCK_SH
+    };
     // SAFETY: flock takes a descriptor and an integer; the descriptor is open.
     match unsafe { libc::flock(file.as_raw_fd(), operation | libc::LOCK_NB) } {
         0 => Ok(()),
@@ -164,18 +180,26 @@ fn is_contention(error: &io::Error) -> bool {
 fn busy_message(path: &Path, metadata: &std::fs::Metadata, is_block_device: bool) -> String {
     let shown = path.display();
     let inode = format!(":{}", metadata.ino());
-    let holder = std::fs::read_to_string("/proc/locks").ok().and_then(|locks| {
-        locks.lines().find_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            match fields.as_slice() {
-                [_, "FLOCK", _, _, pid, place, ..] if place.ends_with(&inode) => pid.parse::<u32>().ok(),
-                _ => None,
-            }
-        })
-    });
+    let holder = std::fs::read_to_string("/proc/locks")
+        .ok()
+        .and_then(|locks| {
+            locks.lines().find_map(|line| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                match fields.as_slice() {
+                    [_, "FLOCK", _, _, pid, place, ..] if place.ends_with(&inode) => {
+                        pid.parse::<u32>().ok()
+                    }
+                    _ => None,
+                }
+            })
+        });
     match holder {
-        Some(pid) => format!("{shown}: in use by process {pid}; stop it, or talk to the pool through it"),
-        None if is_block_device => format!("{shown}: in use (mounted, or claimed by another process)"),
+        Some(pid) => {
+            format!("{shown}: in use by process {pid}; stop it, or talk to the pool through it")
+        }
+        None if is_block_device => {
+            format!("{shown}: in use (mounted, or claimed by another process)")
+        }
         None => format!("{shown}: in use by another process"),
     }
 }
@@ -229,7 +253,13 @@ impl FileDevice {
                 self.file.path.display()
             ));
         }
-        Error::io(source, format!("{}: {operation} at byte {offset} failed", self.file.path.display()))
+        Error::io(
+            source,
+            format!(
+                "{}: {operation} at byte {offset} failed",
+                self.file.path.display()
+            ),
+        )
     }
 }
 
@@ -245,7 +275,10 @@ impl Device for FileDevice {
     }
 
     async fn flush(&self) -> Result<()> {
-        self.file.file.sync_data().map_err(|e| self.failed(e, "flush", 0))
+        self.file
+            .file
+            .sync_data()
+            .map_err(|e| self.failed(e, "flush", 0))
     }
 
     async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {

@@ -12,7 +12,10 @@ use crate::error::Result;
 /// A pool's storage, as one thread uses it.
 ///
 /// A future that was polled once must be driven to its end: the kernel may be using its buffer.
-#[expect(async_fn_in_trait, reason = "each thread drives its own futures; none crosses threads")]
+#[expect(
+    async_fn_in_trait,
+    reason = "each thread drives its own futures; none crosses threads"
+)]
 pub trait Device {
     /// Fills `buffer` with the bytes from `offset`. Both are multiples of 512; the buffer is aligned to 512.
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;

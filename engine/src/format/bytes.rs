@@ -13,7 +13,10 @@ impl<'a> Writer<'a> {
         Self { rest: bytes }
     }
 
-    #[expect(clippy::panic, reason = "our own structures have a fixed size below that of their place")]
+    #[expect(
+        clippy::panic,
+        reason = "our own structures have a fixed size below that of their place"
+    )]
     pub(crate) fn bytes(&mut self, bytes: &[u8]) {
         let rest = std::mem::take(&mut self.rest);
         let Some((field, rest)) = rest.split_at_mut_checked(bytes.len()) else {
@@ -42,8 +45,8 @@ impl<'a> Writer<'a> {
     /// The low 48 bits, which is all that a block address or a generation has.
     pub(crate) fn u48(&mut self, value: u64) {
         assert!(value >> 48 == 0, "{value} does not fit 48 bits");
-        let [a, b, c, d, e, f, _, _] = value.to_le_bytes();
-        self.bytes(&[a, b, c, d, e, f]);
+        let bytes = value.to_le_bytes();
+        self.bytes(bytes.first_chunk::<6>().unwrap_or(&[0; 6]));
     }
 }
 
@@ -97,7 +100,11 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn u48(&mut self) -> Result<u64> {
-        let [a, b, c, d, e, f] = self.array()?;
-        Ok(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]))
+        let mut bytes = [0; 8];
+        bytes
+            .iter_mut()
+            .zip(self.array::<6>()?)
+            .for_each(|(place, byte)| *place = byte);
+        Ok(u64::from_le_bytes(bytes))
     }
 }

@@ -28,7 +28,10 @@ pub(crate) struct Root {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// A volume with its name and the snapshot that it began as.
-    Volume { name: Name, origin: Option<VolumeId> },
+    Volume {
+        name: Name,
+        origin: Option<VolumeId>,
+    },
     /// A snapshot with its name and its volume.
     Snapshot { name: Name, volume: VolumeId },
     /// A removed tree; everything below `cursor` is returned already.
@@ -56,7 +59,10 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
             Role::Snapshot { name, volume } => (2, name.as_str(), volume.0),
             Role::Reclaiming { cursor } => (3, "", cursor.0),
         };
-        let (pba, generation) = entry.root.ptr.map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
+        let (pba, generation) = entry
+            .root
+            .ptr
+            .map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
         let mut slot = Writer::new(&mut slot);
         slot.u8(code);
         slot.u8(entry.root.level);
@@ -138,7 +144,10 @@ fn decode_slot(reader: &mut Reader<'_>, pool_blocks: u64) -> Result<Option<Catal
 }
 
 /// The catalog page as it goes to disk.
-pub(crate) fn encode_page<'a>(slots: impl Iterator<Item = Option<&'a CatalogEntry>>, identity: PageIdentity) -> PageBytes {
+pub(crate) fn encode_page<'a>(
+    slots: impl Iterator<Item = Option<&'a CatalogEntry>>,
+    identity: PageIdentity,
+) -> PageBytes {
     let mut page = [0; BLOCK_LEN];
     let mut writer = body_mut(&mut page);
     for slot in slots.take(SLOTS_PER_PAGE) {
@@ -149,7 +158,11 @@ pub(crate) fn encode_page<'a>(slots: impl Iterator<Item = Option<&'a CatalogEntr
 }
 
 /// The slots in `page`.
-pub(crate) fn decode_page(page: &PageBytes, identity: PageIdentity, pool_blocks: u64) -> Result<Vec<Option<CatalogEntry>>> {
+pub(crate) fn decode_page(
+    page: &PageBytes,
+    identity: PageIdentity,
+    pool_blocks: u64,
+) -> Result<Vec<Option<CatalogEntry>>> {
     let mut reader = verify(page, identity)?;
     (0..SLOTS_PER_PAGE)
         .map(|_| decode_slot(&mut reader, pool_blocks).map_err(|e| e.at_pba(identity.ptr.pba)))
@@ -158,7 +171,10 @@ pub(crate) fn decode_page(page: &PageBytes, identity: PageIdentity, pool_blocks:
 
 /// The catalog index page as it goes to disk.
 pub(crate) fn encode_index(children: &[Option<PagePtr>], identity: PageIdentity) -> PageBytes {
-    assert!(children.len() <= CATALOG_INDEX_ENTRIES, "too many children for an index page");
+    assert!(
+        children.len() <= CATALOG_INDEX_ENTRIES,
+        "too many children for an index page"
+    );
     let mut page = [0; BLOCK_LEN];
     let mut writer = body_mut(&mut page);
     for child in children {
@@ -171,13 +187,20 @@ pub(crate) fn encode_index(children: &[Option<PagePtr>], identity: PageIdentity)
 }
 
 /// The pointers in `page`.
-pub(crate) fn decode_index(page: &PageBytes, identity: PageIdentity, pool_blocks: u64) -> Result<Vec<Option<PagePtr>>> {
+pub(crate) fn decode_index(
+    page: &PageBytes,
+    identity: PageIdentity,
+    pool_blocks: u64,
+) -> Result<Vec<Option<PagePtr>>> {
     let mut reader = verify(page, identity)?;
     let mut children = Vec::with_capacity(CATALOG_INDEX_ENTRIES);
     for _ in 0..CATALOG_INDEX_ENTRIES {
         let (pba, generation) = (Pba(reader.u64()?), Generation(reader.u64()?));
         if pba.0 >= pool_blocks || generation > identity.ptr.generation {
-            return Err(Error::corrupt("catalog index page: a pointer that cannot be").at_pba(identity.ptr.pba));
+            return Err(
+                Error::corrupt("catalog index page: a pointer that cannot be")
+                    .at_pba(identity.ptr.pba),
+            );
         }
         children.push((pba.0 != 0).then_some(PagePtr { pba, generation }));
     }

@@ -105,7 +105,10 @@ pub(crate) fn decode_index(page: &PageBytes, identity: PageIdentity) -> Result<B
     for entry in index.iter_mut() {
         *entry = IndexEntry::decode(&mut reader).map_err(|e| e.at_pba(identity.ptr.pba))?;
         if entry.free > REGION_BLOCKS {
-            return Err(Error::corrupt("count index: more free blocks than a region has").at_pba(identity.ptr.pba));
+            return Err(
+                Error::corrupt("count index: more free blocks than a region has")
+                    .at_pba(identity.ptr.pba),
+            );
         }
     }
     Ok(index)

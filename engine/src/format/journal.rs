@@ -30,7 +30,11 @@ pub(crate) fn encode_framed(record: &Record, continues: bool, out: &mut Vec<u8>)
     out.extend([0; FRAME_BYTES]);
     record.encode(out);
     let length = u16::try_from(out.len() - at - FRAME_BYTES).unwrap_or(u16::MAX);
-    let frame: Vec<u8> = length.to_le_bytes().into_iter().chain([u8::from(continues)]).collect();
+    let frame: Vec<u8> = length
+        .to_le_bytes()
+        .into_iter()
+        .chain([u8::from(continues)])
+        .collect();
     if let Some(place) = out.get_mut(at..at + FRAME_BYTES) {
         place.copy_from_slice(&frame);
     }
@@ -69,7 +73,10 @@ pub(crate) struct BlockHeader {
 }
 
 /// Cuts framed records into blocks: whole records, as many as fit.
-pub(crate) fn encode_blocks(mut framed: &[u8], mut header: BlockHeader) -> Result<(Vec<[u8; BLOCK_LEN]>, u32)> {
+pub(crate) fn encode_blocks(
+    mut framed: &[u8],
+    mut header: BlockHeader,
+) -> Result<(Vec<[u8; BLOCK_LEN]>, u32)> {
     let mut blocks = Vec::new();
     while !framed.is_empty() {
         let mut taken = 0;
@@ -109,7 +116,10 @@ pub(crate) fn encode_blocks(mut framed: &[u8], mut header: BlockHeader) -> Resul
 }
 
 /// The framed records of `block` and its CRC, if it is the block that `header` describes; none if it is not.
-pub(crate) fn decode_block(block: &[u8; BLOCK_LEN], header: BlockHeader) -> Result<Option<(&[u8], u32)>> {
+pub(crate) fn decode_block(
+    block: &[u8; BLOCK_LEN],
+    header: BlockHeader,
+) -> Result<Option<(&[u8], u32)>> {
     let mut reader = Reader::new(block);
     if reader.u32()? != MAGIC {
         return Ok(None);
@@ -146,12 +156,42 @@ mod tests {
         let (a, b, c) = (VolumeId(1), VolumeId(2), VolumeId(3));
         let created = Timestamp(7);
         vec![
-            Record::Map { volume: a, lba: Lba(5), pba: Pba(9), count: 3 },
-            Record::Unmap { volume: a, lba: Lba(5), count: 3 },
-            Record::Create { id: a, name: name.clone(), bytes: 4096, sector_bytes: 512, redirects_always: true, created },
-            Record::Snapshot { volume: a, id: b, name: name.clone(), created },
-            Record::Clone { snapshot: b, id: c, name: name.clone(), created },
-            Record::Rollback { volume: a, snapshot: b, reclaim: c },
+            Record::Map {
+                volume: a,
+                lba: Lba(5),
+                pba: Pba(9),
+                count: 3,
+            },
+            Record::Unmap {
+                volume: a,
+                lba: Lba(5),
+                count: 3,
+            },
+            Record::Create {
+                id: a,
+                name: name.clone(),
+                bytes: 4096,
+                sector_bytes: 512,
+                redirects_always: true,
+                created,
+            },
+            Record::Snapshot {
+                volume: a,
+                id: b,
+                name: name.clone(),
+                created,
+            },
+            Record::Clone {
+                snapshot: b,
+                id: c,
+                name: name.clone(),
+                created,
+            },
+            Record::Rollback {
+                volume: a,
+                snapshot: b,
+                reclaim: c,
+            },
             Record::Remove { id: a },
             Record::Rename { id: a, name },
             Record::Resize { id: a, bytes: 8192 },
@@ -165,15 +205,25 @@ mod tests {
         for round in 0..20 {
             for record in records() {
                 encode_framed(&record, round % 2 == 0, &mut framed);
-                expected.push(Framed { record, continues: round % 2 == 0 });
+                expected.push(Framed {
+                    record,
+                    continues: round % 2 == 0,
+                });
             }
         }
-        let mut header = BlockHeader { pool: PoolId([1; 16]), number: 40, chain: 5, first_seq: Seq(100) };
+        let mut header = BlockHeader {
+            pool: PoolId([1; 16]),
+            number: 40,
+            chain: 5,
+            first_seq: Seq(100),
+        };
         let (blocks, last) = encode_blocks(&framed, header).unwrap();
         assert!(blocks.len() > 1);
         let mut found = Vec::new();
         for block in &blocks {
-            let (mut rest, crc) = decode_block(block, header).unwrap().expect("the next block");
+            let (mut rest, crc) = decode_block(block, header)
+                .unwrap()
+                .expect("the next block");
             while !rest.is_empty() {
                 let (one, after) = split_framed(rest).unwrap();
                 found.push(decode_framed(one, 1 << 30).unwrap());
@@ -191,13 +241,27 @@ mod tests {
     fn a_block_of_another_history_ends_the_journal() {
         let mut framed = Vec::new();
         encode_framed(&Record::Remove { id: VolumeId(1) }, false, &mut framed);
-        let header = BlockHeader { pool: PoolId([1; 16]), number: 4, chain: 5, first_seq: Seq(1) };
+        let header = BlockHeader {
+            pool: PoolId([1; 16]),
+            number: 4,
+            chain: 5,
+            first_seq: Seq(1),
+        };
         let (blocks, _) = encode_blocks(&framed, header).unwrap();
         for other in [
-            BlockHeader { pool: PoolId([2; 16]), ..header },
-            BlockHeader { number: 5, ..header },
+            BlockHeader {
+                pool: PoolId([2; 16]),
+                ..header
+            },
+            BlockHeader {
+                number: 5,
+                ..header
+            },
             BlockHeader { chain: 6, ..header },
-            BlockHeader { first_seq: Seq(2), ..header },
+            BlockHeader {
+                first_seq: Seq(2),
+                ..header
+            },
         ] {
             assert_eq!(decode_block(&blocks[0], other).unwrap(), None);
         }
@@ -208,13 +272,22 @@ mod tests {
         for record in records() {
             let mut bytes = Vec::new();
             record.encode(&mut bytes);
-            let fixed = if matches!(record, Record::Create { .. } | Record::Snapshot { .. } | Record::Clone { .. } | Record::Rename { .. }) {
+            let fixed = if matches!(
+                record,
+                Record::Create { .. }
+                    | Record::Snapshot { .. }
+                    | Record::Clone { .. }
+                    | Record::Rename { .. }
+            ) {
                 bytes.len() - crate::limits::NAME_BYTES_MAX + 1
             } else {
                 bytes.len()
             };
             for length in 0..fixed {
-                assert!(Record::decode(&bytes[..length], 1 << 30).is_err(), "{record:?} cut to {length}");
+                assert!(
+                    Record::decode(&bytes[..length], 1 << 30).is_err(),
+                    "{record:?} cut to {length}"
+                );
             }
         }
         assert!(Record::decode(&[200], 1 << 30).is_err());

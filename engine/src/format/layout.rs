@@ -31,7 +31,8 @@ const GROUP_BLOCKS_MIN: u64 = 2 * GROUP_HEAD_END;
 const JOURNAL_BLOCKS_MIN: u64 = 128;
 const JOURNAL_BLOCKS_MAX: u64 = 16 * 1024;
 
-const _: () = assert!(POOL_BLOCKS_MAX <= TOP_ENTRIES as u64 * GROUP_BLOCKS * INDEX_ENTRIES * INDEX_ENTRIES);
+const _: () =
+    assert!(POOL_BLOCKS_MAX <= TOP_ENTRIES as u64 * GROUP_BLOCKS * INDEX_ENTRIES * INDEX_ENTRIES);
 const _: () = assert!(POOL_BLOCKS_MIN >= GROUP_BLOCKS_MIN);
 const _: () = assert!(GROUP_HEAD_END < REGION_BLOCKS);
 
@@ -62,7 +63,11 @@ impl Slot {
 /// The blocks of a device with `blocks` blocks that a pool can use.
 pub(crate) fn usable_blocks(blocks: u64) -> u64 {
     let tail = blocks % GROUP_BLOCKS;
-    if tail < GROUP_BLOCKS_MIN { blocks - tail } else { blocks }
+    if tail < GROUP_BLOCKS_MIN {
+        blocks - tail
+    } else {
+        blocks
+    }
 }
 
 /// The journal of a new pool, behind the first group's slots.
@@ -79,7 +84,11 @@ pub(crate) fn region_count(pool_blocks: u64) -> u64 {
 /// The slot of a region's count page; `high` for the page of the counts' high halves.
 pub(crate) fn region_slot(region: u64, slot: Slot, high: bool) -> Pba {
     let (group, within) = (region / INDEX_ENTRIES, region % INDEX_ENTRIES);
-    Pba(group * GROUP_BLOCKS + SLOTS_AT + within * SLOTS_PER_REGION + slot.index() * 2 + u64::from(high))
+    Pba(group * GROUP_BLOCKS
+        + SLOTS_AT
+        + within * SLOTS_PER_REGION
+        + slot.index() * 2
+        + u64::from(high))
 }
 
 /// The slot of the index page number `index` of `level`.

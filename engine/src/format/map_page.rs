@@ -63,13 +63,18 @@ pub(crate) fn encode(node: &Node, mapped: u64, identity: PageIdentity) -> PageBy
 
 /// The node in `page` and how many logical blocks it maps, if it is the page that `identity` names and everything it
 /// points to lies in the pool.
-pub(crate) fn decode(page: &PageBytes, identity: PageIdentity, pool_blocks: u64) -> Result<(u64, Node)> {
+pub(crate) fn decode(
+    page: &PageBytes,
+    identity: PageIdentity,
+    pool_blocks: u64,
+) -> Result<(u64, Node)> {
     let mut reader = verify(page, identity)?;
     let mapped = reader.u64()?;
     if mapped > span_blocks(identity.level) {
         return Err(Error::corrupt("map page: maps more than it spans").at_pba(identity.ptr.pba));
     }
-    let outside = || Error::corrupt("map page: names a block beyond the pool").at_pba(identity.ptr.pba);
+    let outside =
+        || Error::corrupt("map page: names a block beyond the pool").at_pba(identity.ptr.pba);
     if identity.level == 0 {
         let mut entries = Box::new([Pba(0); LEAF_ENTRIES]);
         for entry in entries.iter_mut() {
@@ -79,7 +84,10 @@ pub(crate) fn decode(page: &PageBytes, identity: PageIdentity, pool_blocks: u64)
             }
         }
         if entries.iter().filter(|entry| entry.0 != 0).count() as u64 != mapped {
-            return Err(Error::corrupt("map page: maps another number of blocks than it says").at_pba(identity.ptr.pba));
+            return Err(
+                Error::corrupt("map page: maps another number of blocks than it says")
+                    .at_pba(identity.ptr.pba),
+            );
         }
         return Ok((mapped, Node::Leaf(entries)));
     }
@@ -91,7 +99,8 @@ pub(crate) fn decode(page: &PageBytes, identity: PageIdentity, pool_blocks: u64)
         }
         // A child is never younger than its parent: whoever changes a page changes every page above it.
         if generation > identity.ptr.generation {
-            return Err(Error::corrupt("map page: names a page younger than itself").at_pba(identity.ptr.pba));
+            return Err(Error::corrupt("map page: names a page younger than itself")
+                .at_pba(identity.ptr.pba));
         }
         *child = (pba.0 != 0).then_some(PagePtr { pba, generation });
     }

@@ -98,7 +98,8 @@ pub(crate) fn seal(page: &mut PageBytes, identity: PageIdentity) {
 /// Checks that `page` is the page that `identity` names and gives its body.
 pub(crate) fn verify(page: &PageBytes, identity: PageIdentity) -> Result<Reader<'_>> {
     let name = identity.kind.name();
-    let damaged = |fact: &str| Err(Error::corrupt(format!("{name}: {fact}")).at_pba(identity.ptr.pba));
+    let damaged =
+        |fact: &str| Err(Error::corrupt(format!("{name}: {fact}")).at_pba(identity.ptr.pba));
     let mut reader = Reader::new(page);
     if reader.u32()? != MAGIC {
         return damaged("is not a metadata page (never written, or overwritten)");

@@ -14,9 +14,18 @@ pub(crate) const RECORD_BYTES_MAX: usize = 64 + NAME_BYTES_MAX;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
     /// Blocks from `lba` map to newly allocated blocks from `pba`.
-    Map { volume: VolumeId, lba: Lba, pba: Pba, count: u64 },
+    Map {
+        volume: VolumeId,
+        lba: Lba,
+        pba: Pba,
+        count: u64,
+    },
     /// Blocks from `lba` map to nothing.
-    Unmap { volume: VolumeId, lba: Lba, count: u64 },
+    Unmap {
+        volume: VolumeId,
+        lba: Lba,
+        count: u64,
+    },
     /// A new, empty volume.
     Create {
         id: VolumeId,
@@ -61,7 +70,12 @@ impl Record {
         let mut writer = Writer::new(&mut bytes);
         let mut trailer: &str = "";
         let fixed = match self {
-            Self::Map { volume, lba, pba, count } => {
+            Self::Map {
+                volume,
+                lba,
+                pba,
+                count,
+            } => {
                 writer.u8(1);
                 writer.u64(volume.0);
                 writer.u48(lba.0);
@@ -93,15 +107,34 @@ impl Record {
                 trailer = name.as_str();
                 30
             }
-            Self::Snapshot { volume: from, id, name, created } | Self::Clone { snapshot: from, id, name, created } => {
-                writer.u8(if matches!(self, Self::Snapshot { .. }) { 4 } else { 5 });
+            Self::Snapshot {
+                volume: from,
+                id,
+                name,
+                created,
+            }
+            | Self::Clone {
+                snapshot: from,
+                id,
+                name,
+                created,
+            } => {
+                writer.u8(if matches!(self, Self::Snapshot { .. }) {
+                    4
+                } else {
+                    5
+                });
                 writer.u64(from.0);
                 writer.u64(id.0);
                 writer.u64(created.0);
                 trailer = name.as_str();
                 25
             }
-            Self::Rollback { volume, snapshot, reclaim } => {
+            Self::Rollback {
+                volume,
+                snapshot,
+                reclaim,
+            } => {
                 writer.u8(6);
                 writer.u64(volume.0);
                 writer.u64(snapshot.0);
@@ -140,17 +173,32 @@ impl Record {
                 .ok_or_else(|| damaged("a name that cannot be"))
         };
         let run = |lba: Lba, count: u64| {
-            let inside = count > 0 && count <= RECORD_BLOCKS_MAX && lba.0 + count <= VOLUME_BYTES_MAX / BLOCK_BYTES;
-            if inside { Ok(count) } else { Err(damaged("a run of blocks that cannot be")) }
+            let inside = count > 0
+                && count <= RECORD_BLOCKS_MAX
+                && lba.0 + count <= VOLUME_BYTES_MAX / BLOCK_BYTES;
+            if inside {
+                Ok(count)
+            } else {
+                Err(damaged("a run of blocks that cannot be"))
+            }
         };
         let record = match reader.u8()? {
             1 => {
-                let (volume, lba, pba) = (VolumeId(reader.u64()?), Lba(reader.u48()?), Pba(reader.u48()?));
+                let (volume, lba, pba) = (
+                    VolumeId(reader.u64()?),
+                    Lba(reader.u48()?),
+                    Pba(reader.u48()?),
+                );
                 let count = run(lba, reader.u48()?)?;
                 if pba.0 == 0 || pba.0 + count > pool_blocks {
                     return Err(damaged("blocks beyond the pool"));
                 }
-                Self::Map { volume, lba, pba, count }
+                Self::Map {
+                    volume,
+                    lba,
+                    pba,
+                    count,
+                }
             }
             2 => {
                 let (volume, lba) = (VolumeId(reader.u64()?), Lba(reader.u48()?));

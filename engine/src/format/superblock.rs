@@ -98,38 +98,13 @@ impl Superblock {
     /// `NotFound`: there is no pool. `Unsupported`: a version or a feature this engine does not know, by name.
     /// `Corrupt`: a pool's, but damaged.
     pub(crate) fn decode(block: &[u8; BLOCK_LEN], place: Pba, device_blocks: u64) -> Result<Self> {
-        let mut reader = Reader::new(block);
-        if reader.array()? != MAGIC {
-            return Err(Error::with(ErrorKind::NotFound, "no pool here"));
-        }
         let damaged = |fact: &str| Error::corrupt(format!("superblock: {fact}")).at_pba(place);
-        let version = reader.u32()?;
-        let crc = reader.u32()?;
-        if crc != crc_of(block) {
-            return Err(damaged("its checksum does not match"));
-        }
-        if version != VERSION {
-            return Err(Error::with(
-                ErrorKind::Unsupported,
-                format!("the pool has format version {version}, this program reads version {VERSION}; use a newer one"),
-            ));
-        }
-        let (incompatible, write_incompatible, _compatible) = (reader.u64()?, reader.u64()?, reader.u64()?);
-        for (what, bits) in [("incompatible", incompatible), ("write-incompatible", write_incompatible)] {
-            if bits != 0 {
-                return Err(Error::with(
-                    ErrorKind::Unsupported,
-                    format!("the pool uses {what} feature bit {}, which this program does not know; use a newer one", bits.trailing_zeros()),
-                ));
-            }
-        }
-        if reader.u64()? != place.0 {
-            return Err(damaged("was written for another place"));
-        }
+        let mut reader = check_header(block, place)?;
         let id = PoolId(reader.array()?);
         let created = Timestamp(reader.u64()?);
         let blocks = reader.u64()?;
-        if !(POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(&blocks) || usable_blocks(blocks) != blocks {
+        if !(POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(&blocks) || usable_blocks(blocks) != blocks
+        {
             return Err(damaged("a pool of a size that cannot be"));
         }
         if blocks > device_blocks {
@@ -200,6 +175,48 @@ impl Superblock {
     }
 }
 
+/// Checks all that says whether the block can be read at all, and gives its fields behind that.
+fn check_header(block: &[u8; BLOCK_LEN], place: Pba) -> Result<Reader<'_>> {
+    let mut reader = Reader::new(block);
+    if reader.array()? != MAGIC {
+        return Err(Error::with(ErrorKind::NotFound, "no pool here"));
+    }
+    let damaged = |fact: &str| Error::corrupt(format!("superblock: {fact}")).at_pba(place);
+    let version = reader.u32()?;
+    let crc = reader.u32()?;
+    if crc != crc_of(block) {
+        return Err(damaged("its checksum does not match"));
+    }
+    if version != VERSION {
+        return Err(Error::with(
+            ErrorKind::Unsupported,
+            format!(
+                "the pool has format version {version}, this program reads version {VERSION}; use a newer one"
+            ),
+        ));
+    }
+    let (incompatible, write_incompatible, _compatible) =
+        (reader.u64()?, reader.u64()?, reader.u64()?);
+    for (what, bits) in [
+        ("incompatible", incompatible),
+        ("write-incompatible", write_incompatible),
+    ] {
+        if bits != 0 {
+            return Err(Error::with(
+                ErrorKind::Unsupported,
+                format!(
+                    "the pool uses {what} feature bit {}, which this program does not know; use a newer one",
+                    bits.trailing_zeros()
+                ),
+            ));
+        }
+    }
+    if reader.u64()? != place.0 {
+        return Err(damaged("was written for another place"));
+    }
+    Ok(reader)
+}
+
 fn crc_of(block: &[u8; BLOCK_LEN]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(block.get(..CRC_AT.start).unwrap_or_default());
@@ -237,12 +254,18 @@ mod tests {
     #[test]
     fn a_superblock_round_trips_and_every_flipped_bit_is_found() {
         let mut block = example().encode(Pba(8));
-        assert_eq!(Superblock::decode(&block, Pba(8), POOL_BLOCKS_MIN).unwrap(), example());
+        assert_eq!(
+            Superblock::decode(&block, Pba(8), POOL_BLOCKS_MIN).unwrap(),
+            example()
+        );
         assert!(Superblock::decode(&block, Pba(0), POOL_BLOCKS_MIN).is_err());
         assert!(Superblock::decode(&block, Pba(8), POOL_BLOCKS_MIN - 1).is_err());
         for bit in 0..BLOCK_LEN * 8 {
             block[bit / 8] ^= 1 << (bit % 8);
-            assert!(Superblock::decode(&block, Pba(8), POOL_BLOCKS_MIN).is_err(), "bit {bit}");
+            assert!(
+                Superblock::decode(&block, Pba(8), POOL_BLOCKS_MIN).is_err(),
+                "bit {bit}"
+            );
             block[bit / 8] ^= 1 << (bit % 8);
         }
     }

@@ -58,7 +58,7 @@ impl Commit {
 
     /// Whether so many pending bytes surely fit. A block holds more than 3,500 of them, whatever its records' sizes.
     fn fits(&self, bytes: usize) -> bool {
-        bytes as u64 / 3500 + 1 <= self.free_blocks()
+        (bytes as u64 / 3500) < self.free_blocks()
     }
 }
 
@@ -120,7 +120,8 @@ impl Ledger {
     /// Everything before `end` is durable.
     pub(crate) fn set_durable(&self, end: Seq) {
         self.state.write().settle(end);
-        self.durable.fetch_max(end.0.saturating_sub(1), Ordering::AcqRel);
+        self.durable
+            .fetch_max(end.0.saturating_sub(1), Ordering::AcqRel);
     }
 
     /// Keeps commits away while a checkpoint finds its cut.
@@ -134,7 +135,12 @@ impl Ledger {
     }
 
     /// Writes a batch that a checkpoint took, if it fits; the journal is then whole up to the freeze.
-    pub(crate) async fn write_if_fits<D: Device>(&self, device: &D, commit: &mut Commit, batch: &Batch) -> Result<bool> {
+    pub(crate) async fn write_if_fits<D: Device>(
+        &self,
+        device: &D,
+        commit: &mut Commit,
+        batch: &Batch,
+    ) -> Result<bool> {
         if !commit.fits(batch.framed.len()) {
             return Ok(false);
         }
@@ -142,7 +148,12 @@ impl Ledger {
         Ok(true)
     }
 
-    async fn write_batch<D: Device>(&self, device: &D, commit: &mut Commit, batch: &Batch) -> Result<()> {
+    async fn write_batch<D: Device>(
+        &self,
+        device: &D,
+        commit: &mut Commit,
+        batch: &Batch,
+    ) -> Result<()> {
         if batch.framed.is_empty() {
             return Ok(());
         }
@@ -175,6 +186,9 @@ impl Ledger {
     /// Blocks of the journal in use, and all of them; none while a commit is under way.
     pub(crate) fn journal_usage(&self) -> Option<(u64, u64)> {
         let commit = self.commit.try_lock()?;
-        Some((commit.tail.next - commit.tail.oldest, commit.tail.place.count))
+        Some((
+            commit.tail.next - commit.tail.oldest,
+            commit.tail.place.count,
+        ))
     }
 }

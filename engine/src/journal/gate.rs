@@ -73,7 +73,9 @@ impl Closing<'_> {
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        if self.gate.inside[self.parity].fetch_sub(1, Ordering::SeqCst) == 1 && self.parity != self.gate.parity() {
+        if self.gate.inside[self.parity].fetch_sub(1, Ordering::SeqCst) == 1
+            && self.parity != self.gate.parity()
+        {
             self.gate.drained.notify(usize::MAX);
         }
     }

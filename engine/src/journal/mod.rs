@@ -28,7 +28,7 @@ use crate::limits::JOURNAL_PENDING_BYTES_MAX;
 use crate::map::MapPage;
 use crate::metadata::{Metadata, Prepared};
 use crate::space::{Fault, Missing};
-use crate::units::{Generation, PoolId, Pba, Seq};
+use crate::units::{Generation, Pba, PoolId, Seq};
 use commit::Commit;
 use parking_lot::RwLock;
 use std::sync::Arc;
@@ -96,7 +96,12 @@ impl Draft<'_> {
     }
 
     /// Applies a record that was prepared just now and appends it.
-    pub(crate) fn apply_prepared(&mut self, record: &Record, prepared: Prepared, continues: bool) -> Result<()> {
+    pub(crate) fn apply_prepared(
+        &mut self,
+        record: &Record,
+        prepared: Prepared,
+        continues: bool,
+    ) -> Result<()> {
         let seq = self.state.next_seq;
         self.state.metadata.apply(record, prepared, seq)?;
         let at = self.state.pending.len();
@@ -110,7 +115,13 @@ impl Draft<'_> {
 }
 
 impl Ledger {
-    pub(crate) fn new(metadata: Metadata, next_seq: Seq, tail: Tail, ring: Option<Ring>, clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(
+        metadata: Metadata,
+        next_seq: Seq,
+        tail: Tail,
+        ring: Option<Ring>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
         let pool = metadata.id;
         Self {
             state: RwLock::new(State {
@@ -147,7 +158,11 @@ impl Ledger {
 
     /// Refuses once a flush has failed.
     pub(crate) fn check_poison(&self) -> Result<()> {
-        if self.is_poisoned() { Err(Error::new(ErrorKind::Poisoned)) } else { Ok(()) }
+        if self.is_poisoned() {
+            Err(Error::new(ErrorKind::Poisoned))
+        } else {
+            Ok(())
+        }
     }
 
     /// The kernel may drop unwritten pages after a failed flush or write of metadata, and a retry would then report
@@ -207,7 +222,8 @@ impl Ledger {
     /// Whether writers must wait for a commit before they append more.
     pub(crate) fn is_backlogged(&self) -> bool {
         let state = self.state.read();
-        state.pending.len() >= JOURNAL_PENDING_BYTES_MAX || state.ring.as_ref().is_some_and(Ring::is_nearly_full)
+        state.pending.len() >= JOURNAL_PENDING_BYTES_MAX
+            || state.ring.as_ref().is_some_and(Ring::is_nearly_full)
     }
 
     /// Whether records wait for a commit.
@@ -257,7 +273,8 @@ impl Metadata {
             (Missing::Counts(region), Supplied::Counts(low, high)) => {
                 self.space.load(region, low.as_deref(), high.as_deref())
             }
-            (Missing::Page(..), Supplied::Counts(..)) | (Missing::Counts(..), Supplied::Page(..)) => Ok(()),
+            (Missing::Page(..), Supplied::Counts(..))
+            | (Missing::Counts(..), Supplied::Page(..)) => Ok(()),
         }
     }
 
@@ -273,7 +290,8 @@ impl Metadata {
                 Err(Fault::Error(error)) => return Err(error),
                 Err(Fault::Missing(missing)) => {
                     let place = self.missing_place(missing);
-                    let read = read_missing(device, self.id, self.space.blocks(), missing, place).await?;
+                    let read =
+                        read_missing(device, self.id, self.space.blocks(), missing, place).await?;
                     self.supply(missing, read)?;
                 }
             }
@@ -282,7 +300,11 @@ impl Metadata {
 }
 
 /// Reads one page.
-pub(crate) async fn read_page<D: Device>(device: &D, pba: Pba, buffer: &mut BlockBuf) -> Result<PageBytes> {
+pub(crate) async fn read_page<D: Device>(
+    device: &D,
+    pba: Pba,
+    buffer: &mut BlockBuf,
+) -> Result<PageBytes> {
     device.read(pba.offset(), buffer).await?;
     let page = buffer.first_chunk().copied();
     page.ok_or_else(|| Error::new(ErrorKind::Io))
@@ -307,7 +329,11 @@ async fn read_missing<D: Device>(
             };
             let (mapped, node) = map_page::decode(&page, identity, blocks)?;
             let node = Arc::new(node);
-            Ok(Supplied::Page(MapPage { level, mapped, node }))
+            Ok(Supplied::Page(MapPage {
+                level,
+                mapped,
+                node,
+            }))
         }
         Missing::Counts(region) => {
             let Some((slot, generation, is_wide)) = place else {
@@ -322,7 +348,11 @@ async fn read_missing<D: Device>(
                 let page = read_page(device, pba, &mut buffer).await?;
                 let identity = PageIdentity {
                     pool,
-                    kind: if high { PageKind::CountsHigh } else { PageKind::Counts },
+                    kind: if high {
+                        PageKind::CountsHigh
+                    } else {
+                        PageKind::Counts
+                    },
                     level: 0,
                     ptr: PagePtr { pba, generation },
                 };

@@ -19,7 +19,10 @@ pub(crate) struct ReadJournal {
 }
 
 /// Reads what the checkpoint of `superblock` does not cover.
-pub(crate) async fn read_journal<D: Device>(device: &D, superblock: &Superblock) -> Result<ReadJournal> {
+pub(crate) async fn read_journal<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+) -> Result<ReadJournal> {
     let place = superblock.journal;
     let mut records = Vec::new();
     let mut header = BlockHeader {
@@ -31,7 +34,9 @@ pub(crate) async fn read_journal<D: Device>(device: &D, superblock: &Superblock)
     let mut window = Window::new(place);
     while header.number - superblock.journal_block < place.count {
         let block = window.block(device, header.number % place.count).await?;
-        let Some((mut framed, crc)) = decode_block(block, header)? else { break };
+        let Some((mut framed, crc)) = decode_block(block, header)? else {
+            break;
+        };
         while !framed.is_empty() {
             let (record, rest) = split_framed(framed)?;
             records.push(decode_framed(record, superblock.blocks)?);

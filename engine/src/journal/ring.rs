@@ -4,7 +4,10 @@
 //! whole append, and a power cut takes it away, as it takes a volatile cache. It belongs to one boot, one pool and one
 //! opening of that pool; anything else in the file is stale and ignored.
 
-#![expect(unsafe_code, reason = "mapping a file is unsafe: others could change it under us")]
+#![expect(
+    unsafe_code,
+    reason = "mapping a file is unsafe: others could change it under us"
+)]
 
 use crate::error::{Error, Result};
 use crate::format::bytes::{Reader, Writer};
@@ -29,6 +32,9 @@ pub(crate) struct RingOwner {
     pub(crate) boot_id: [u8; 16],
     pub(crate) session: u64,
 }
+
+/// Framed records with their numbers.
+pub(crate) type RingRecords = Vec<(Seq, Vec<u8>)>;
 
 /// A ring open for appending.
 pub(crate) struct Ring {
@@ -66,7 +72,12 @@ fn header_of(owner: RingOwner) -> [u8; 64] {
 impl Ring {
     /// Makes an empty ring at `path` in place of whatever is there. The old one stays until the new one is whole.
     pub(crate) fn create(path: &Path, owner: RingOwner) -> Result<Self> {
-        let failed = |e| Error::io(e, format!("{}: the shared ring cannot be made", path.display()));
+        let failed = |e| {
+            Error::io(
+                e,
+                format!("{}: the shared ring cannot be made", path.display()),
+            )
+        };
         let fresh = path.with_extension("ring.new");
         match std::fs::remove_file(&fresh) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
@@ -94,18 +105,23 @@ impl Ring {
     }
 
     /// The records that a ring of `owner` holds at `path`, numbers ascending by one; none if it belongs to another.
-    pub(crate) fn recover(path: &Path, owner: RingOwner) -> Result<Option<Vec<(Seq, Vec<u8>)>>> {
+    pub(crate) fn recover(path: &Path, owner: RingOwner) -> Result<Option<RingRecords>> {
         let bytes = match std::fs::read(path) {
             Ok(bytes) => bytes,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io(e, format!("{}: the shared ring cannot be read", path.display()))),
+            Err(e) => {
+                return Err(Error::io(
+                    e,
+                    format!("{}: the shared ring cannot be read", path.display()),
+                ));
+            }
         };
         if bytes.len() != HEADER_BYTES + DATA_BYTES || bytes[..48] != header_of(owner)[..48] {
             return Ok(None);
         }
         let mut at = Reader::new(&bytes[START_AT]).u64()?;
         let data = &bytes[HEADER_BYTES..];
-        let mut records: Vec<(Seq, Vec<u8>)> = Vec::new();
+        let mut records: RingRecords = Vec::new();
         let mut taken = 0;
         while taken + FRAME_BYTES < DATA_BYTES {
             let frame = copy_out(data, at, FRAME_BYTES);
@@ -135,7 +151,10 @@ impl Ring {
         writer.u32(u32::try_from(record.len()).unwrap_or(u32::MAX));
         writer.u64(seq.0);
         let end = self.appended + (FRAME_BYTES + record.len()) as u64;
-        assert!(end - self.trimmed <= DATA_BYTES as u64, "the shared ring overflowed");
+        assert!(
+            end - self.trimmed <= DATA_BYTES as u64,
+            "the shared ring overflowed"
+        );
         let data = &mut self.map[HEADER_BYTES..];
         // A record counts only with its CRC, so the order of these stores does not matter to who reads them back.
         copy_in(data, self.appended, &frame);

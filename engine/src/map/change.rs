@@ -24,7 +24,13 @@ pub(crate) enum UnmapStep {
 impl MapStore {
     /// Sees to it that the pages from the root down to `lowest` can be made writable: all of them and the counts they
     /// lead to in memory, and enough blocks set aside. Gives whether the page of `lowest` is shared.
-    fn prepare_path(&self, root: Root, lba: Lba, lowest: u8, space: &mut SpaceMap) -> Result<bool, Fault> {
+    fn prepare_path(
+        &self,
+        root: Root,
+        lba: Lba,
+        lowest: u8,
+        space: &mut SpaceMap,
+    ) -> Result<bool, Fault> {
         level_matches(root.level)?;
         if lba.0 >= span_blocks(root.level) {
             return Err(Error::corrupt("a block beyond its map").at_lba(lba).into());
@@ -52,7 +58,10 @@ impl MapStore {
     }
 
     /// Every count that copying a page would raise is in memory.
-    #[expect(clippy::unused_self, reason = "it belongs to the preparation of a change")]
+    #[expect(
+        clippy::unused_self,
+        reason = "it belongs to the preparation of a change"
+    )]
     fn require_children(&self, node: &Node, space: &SpaceMap) -> Result<(), Fault> {
         match node {
             Node::Leaf(entries) => {
@@ -71,7 +80,14 @@ impl MapStore {
 
     /// Makes the pages from the root down to `lowest` ones that may be changed and adds `delta` to what each maps;
     /// missing ones are made. Gives the lowest.
-    fn make_writable(&mut self, root: &mut Root, lba: Lba, lowest: u8, delta: i64, space: &mut SpaceMap) -> PagePtr {
+    fn make_writable(
+        &mut self,
+        root: &mut Root,
+        lba: Lba,
+        lowest: u8,
+        delta: i64,
+        space: &mut SpaceMap,
+    ) -> PagePtr {
         let mut level = root.level;
         let mut ptr = self.writable_page(root.ptr, level, delta, space);
         root.ptr = Some(ptr);
@@ -98,7 +114,13 @@ impl MapStore {
     }
 
     /// The page itself if it is of this generation and has one owner; else a copy that is, owned in its stead.
-    fn writable_page(&mut self, ptr: Option<PagePtr>, level: u8, delta: i64, space: &mut SpaceMap) -> PagePtr {
+    fn writable_page(
+        &mut self,
+        ptr: Option<PagePtr>,
+        level: u8,
+        delta: i64,
+        space: &mut SpaceMap,
+    ) -> PagePtr {
         let writable = match ptr {
             None => {
                 let page = MapPage {
@@ -121,7 +143,12 @@ impl MapStore {
             return ptr;
         }
         #[expect(clippy::expect_used, reason = "prepare_path saw the page in memory")]
-        let page = self.pages.get(&ptr.pba).expect("a prepared page is in memory").page.clone();
+        let page = self
+            .pages
+            .get(&ptr.pba)
+            .expect("a prepared page is in memory")
+            .page
+            .clone();
         if is_shared {
             match &*page.node {
                 Node::Leaf(entries) => {
@@ -141,15 +168,34 @@ impl MapStore {
     }
 
     /// Prepares mapping the blocks from `lba`, all of one leaf, elsewhere.
-    pub(crate) fn prepare_remap(&self, root: Root, lba: Lba, count: u64, space: &mut SpaceMap) -> Result<(), Fault> {
+    pub(crate) fn prepare_remap(
+        &self,
+        root: Root,
+        lba: Lba,
+        count: u64,
+        space: &mut SpaceMap,
+    ) -> Result<(), Fault> {
         self.prepare_path(root, lba, 0, space)?;
         self.require_entries(root, lba, count, space)
     }
 
     /// Maps the blocks from `lba` to `extent`, which was reserved, and releases what they mapped to.
-    pub(crate) fn remap(&mut self, root: &mut Root, lba: Lba, extent: Extent, seq: Seq, space: &mut SpaceMap) {
+    pub(crate) fn remap(
+        &mut self,
+        root: &mut Root,
+        lba: Lba,
+        extent: Extent,
+        seq: Seq,
+        space: &mut SpaceMap,
+    ) {
         let holes = self.count_holes(*root, lba, extent.count);
-        let leaf = self.make_writable(root, lba, 0, i64::try_from(holes).unwrap_or(i64::MAX), space);
+        let leaf = self.make_writable(
+            root,
+            lba,
+            0,
+            i64::try_from(holes).unwrap_or(i64::MAX),
+            space,
+        );
         let first = leaf_index(lba);
         if let Node::Leaf(entries) = Arc::make_mut(&mut self.page_mut(leaf).node) {
             for (entry, new) in entries[first..].iter_mut().zip(extent.blocks()) {
@@ -168,11 +214,19 @@ impl MapStore {
         };
         match &*self.page(leaf, 0)?.node {
             Node::Leaf(entries) => Ok(Some(entries)),
-            Node::Inner(_) => Err(Error::corrupt("an inner page in a leaf's place").at_pba(leaf.pba).into()),
+            Node::Inner(_) => Err(Error::corrupt("an inner page in a leaf's place")
+                .at_pba(leaf.pba)
+                .into()),
         }
     }
 
-    fn require_entries(&self, root: Root, lba: Lba, count: u64, space: &SpaceMap) -> Result<(), Fault> {
+    fn require_entries(
+        &self,
+        root: Root,
+        lba: Lba,
+        count: u64,
+        space: &SpaceMap,
+    ) -> Result<(), Fault> {
         if let Some(entries) = self.entries(root, lba)? {
             let run = entries[leaf_index(lba)..].iter().zip(0..count);
             for (entry, _) in run.filter(|(entry, _)| entry.0 != 0) {
@@ -193,7 +247,13 @@ impl MapStore {
     }
 
     /// What the next step of unmapping `from..end` is, prepared.
-    pub(crate) fn prepare_unmap(&self, root: Root, from: Lba, end: Lba, space: &mut SpaceMap) -> Result<UnmapStep, Fault> {
+    pub(crate) fn prepare_unmap(
+        &self,
+        root: Root,
+        from: Lba,
+        end: Lba,
+        space: &mut SpaceMap,
+    ) -> Result<UnmapStep, Fault> {
         level_matches(root.level)?;
         let mut level = root.level;
         let mut is_shared = false;
@@ -207,7 +267,7 @@ impl MapStore {
                 return Ok(UnmapStep::Skip { to });
             };
             is_shared |= space.referenced(ptr.pba)? > 1;
-            let is_whole = from.0 % span_blocks(level) == 0 && to == span_end(level, from);
+            let is_whole = from.0.is_multiple_of(span_blocks(level)) && to == span_end(level, from);
             let page = self.page(ptr, level)?;
             if is_whole && is_shared {
                 if level < root.level {
@@ -218,9 +278,15 @@ impl MapStore {
             match &*page.node {
                 Node::Leaf(entries) => {
                     let run = &entries[leaf_index(from)..];
-                    let skip = run.iter().zip(from.0..to.0).take_while(|(entry, _)| entry.0 == 0).count() as u64;
+                    let skip = run
+                        .iter()
+                        .zip(from.0..to.0)
+                        .take_while(|(entry, _)| entry.0 == 0)
+                        .count() as u64;
                     if skip > 0 {
-                        return Ok(UnmapStep::Skip { to: from.plus(skip) });
+                        return Ok(UnmapStep::Skip {
+                            to: from.plus(skip),
+                        });
                     }
                     self.prepare_path(root, from, 0, space)?;
                     self.require_entries(root, from, to.0 - from.0, space)?;
@@ -233,7 +299,13 @@ impl MapStore {
     }
 
     /// Does what [`MapStore::prepare_unmap`] found.
-    pub(crate) fn unmap(&mut self, root: &mut Root, step: UnmapStep, seq: Seq, space: &mut SpaceMap) {
+    pub(crate) fn unmap(
+        &mut self,
+        root: &mut Root,
+        step: UnmapStep,
+        seq: Seq,
+        space: &mut SpaceMap,
+    ) {
         let from = match step {
             UnmapStep::Skip { .. } => return,
             UnmapStep::SharedPage { level, .. } if level == root.level => {
@@ -290,10 +362,16 @@ impl MapStore {
     }
 
     /// Prepares [`MapStore::raise`].
-    pub(crate) fn prepare_raise(&self, root: Root, level: u8, space: &mut SpaceMap) -> Result<(), Fault> {
+    pub(crate) fn prepare_raise(
+        &self,
+        root: Root,
+        level: u8,
+        space: &mut SpaceMap,
+    ) -> Result<(), Fault> {
         level_matches(level)?;
         space.set_aside(u64::from(LEVEL_MAX) + 1)?;
-        root.ptr.map_or(Ok(()), |ptr| self.page(ptr, root.level).map(|_| ()))
+        root.ptr
+            .map_or(Ok(()), |ptr| self.page(ptr, root.level).map(|_| ()))
     }
 
     /// Gives a map roots above its root until it has `level`; it maps what it mapped.
@@ -329,7 +407,9 @@ impl UnmapStep {
     pub(crate) fn unmapped(self) -> Option<(Lba, u64)> {
         match self {
             Self::Skip { .. } => None,
-            Self::Entries { from, to } | Self::SharedPage { from, to, .. } => Some((from, to.0 - from.0)),
+            Self::Entries { from, to } | Self::SharedPage { from, to, .. } => {
+                Some((from, to.0 - from.0))
+            }
         }
     }
 }

@@ -41,9 +41,8 @@ impl MapStore {
         if lba.0 >= span_blocks(level) {
             return Ok(Err(Lba(u64::MAX)));
         }
-        let mut ptr = match root.ptr {
-            Some(ptr) => ptr,
-            None => return Ok(Err(span_end(level, lba))),
+        let Some(mut ptr) = root.ptr else {
+            return Ok(Err(span_end(level, lba)));
         };
         loop {
             see_count(ptr)?;
@@ -68,8 +67,17 @@ impl MapStore {
             Ok(entries) => &entries[leaf_index(lba)..],
         };
         let first = entries[0];
-        let expected = |index: u64| if first.0 == 0 { Pba(0) } else { first.plus(index) };
-        let run = (0..max).zip(entries).take_while(|&(index, entry)| *entry == expected(index)).count() as u64;
+        let expected = |index: u64| {
+            if first.0 == 0 {
+                Pba(0)
+            } else {
+                first.plus(index)
+            }
+        };
+        let run = (0..max)
+            .zip(entries)
+            .take_while(|&(index, entry)| *entry == expected(index))
+            .count() as u64;
         Ok(match first {
             Pba(0) => Resolved::Hole(run),
             start => Resolved::Mapped(Extent::new(start, run)),
@@ -77,7 +85,13 @@ impl MapStore {
     }
 
     /// What a write to up to `max` blocks from `lba` may do.
-    pub(crate) fn lookup(&self, space: &SpaceMap, root: Root, lba: Lba, max: u64) -> Result<Mapping, Fault> {
+    pub(crate) fn lookup(
+        &self,
+        space: &SpaceMap,
+        root: Root,
+        lba: Lba,
+        max: u64,
+    ) -> Result<Mapping, Fault> {
         let mut path_is_shared = false;
         let leaf = self.leaf(root, lba, |ptr| {
             path_is_shared |= !path_is_shared && space.referenced(ptr.pba)? > 1;
@@ -100,7 +114,8 @@ impl MapStore {
         let first_kind = kind(first)?;
         let mut run = 1;
         for (index, entry) in (1..max).zip(&entries[1..]) {
-            let goes_on = kind(*entry)? == first_kind && (first_kind != Kind::Exclusive || *entry == first.plus(index));
+            let goes_on = kind(*entry)? == first_kind
+                && (first_kind != Kind::Exclusive || *entry == first.plus(index));
             if !goes_on {
                 break;
             }
@@ -115,11 +130,17 @@ impl MapStore {
 
     /// Logical blocks that a map holds.
     pub(crate) fn mapped(&self, root: Root) -> Result<u64, Fault> {
-        root.ptr.map_or(Ok(0), |ptr| Ok(self.page(ptr, root.level)?.mapped))
+        root.ptr
+            .map_or(Ok(0), |ptr| Ok(self.page(ptr, root.level)?.mapped))
     }
 
     /// The page of `level` that spans `lba`, if there is one.
-    pub(crate) fn page_at(&self, root: Root, lba: Lba, level: u8) -> Result<Option<PagePtr>, Fault> {
+    pub(crate) fn page_at(
+        &self,
+        root: Root,
+        lba: Lba,
+        level: u8,
+    ) -> Result<Option<PagePtr>, Fault> {
         if level > root.level {
             return Err(Error::corrupt("a page above its root was asked for").into());
         }

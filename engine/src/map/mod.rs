@@ -55,14 +55,20 @@ pub(crate) struct MapStore {
 
 /// The child of an inner page that leads to `lba`.
 fn child_index(level: u8, lba: Lba) -> usize {
-    #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 256")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the remainder is below 256"
+    )]
     let index = (lba.0 / span_blocks(level - 1) % INNER_ENTRIES as u64) as usize;
     index
 }
 
 /// The entry of a leaf for `lba`.
 fn leaf_index(lba: Lba) -> usize {
-    #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 512")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the remainder is below 512"
+    )]
     let index = (lba.0 % LEAF_ENTRIES as u64) as usize;
     index
 }
@@ -99,7 +105,9 @@ impl MapStore {
     /// The page that `ptr` names.
     pub(crate) fn page(&self, ptr: PagePtr, level: u8) -> Result<&MapPage, Fault> {
         match self.pages.get(&ptr.pba) {
-            Some(cached) if cached.generation == ptr.generation && cached.page.level == level => Ok(&cached.page),
+            Some(cached) if cached.generation == ptr.generation && cached.page.level == level => {
+                Ok(&cached.page)
+            }
             _ => Err(Fault::Missing(Missing::Page(ptr, level))),
         }
     }
@@ -180,10 +188,19 @@ impl MapStore {
         space.release(ptr.pba, None);
     }
 
-    #[expect(clippy::expect_used, reason = "prepare saw every page of the path in memory")]
+    #[expect(
+        clippy::expect_used,
+        reason = "prepare saw every page of the path in memory"
+    )]
     fn page_mut(&mut self, ptr: PagePtr) -> &mut MapPage {
-        let cached = self.pages.get_mut(&ptr.pba).expect("a prepared page is in memory");
-        assert!(cached.generation == self.generation, "a frozen page is about to change");
+        let cached = self
+            .pages
+            .get_mut(&ptr.pba)
+            .expect("a prepared page is in memory");
+        assert!(
+            cached.generation == self.generation,
+            "a frozen page is about to change"
+        );
         &mut cached.page
     }
 }

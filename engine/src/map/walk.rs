@@ -32,10 +32,19 @@ impl MapStore {
     pub(crate) fn diff(&self, older: Root, newer: Root, from: Lba) -> Result<Difference, Fault> {
         level_matches(older.level)?;
         level_matches(newer.level)?;
-        let nothing = |next| Ok(Difference { next, blocks: Vec::new() });
+        let nothing = |next| {
+            Ok(Difference {
+                next,
+                blocks: Vec::new(),
+            })
+        };
         let at = |root: Root, level: u8| -> Result<Option<PagePtr>, Fault> {
             // A page that would stand above a smaller map's root: it has no address of its own to compare.
-            if level > root.level { Ok(root.ptr.filter(|_| from.0 < span_blocks(root.level))) } else { self.page_at(root, from, level) }
+            if level > root.level {
+                Ok(root.ptr.filter(|_| from.0 < span_blocks(root.level)))
+            } else {
+                self.page_at(root, from, level)
+            }
         };
         for level in (0..=older.level.max(newer.level)).rev() {
             let comparable = level <= older.level && level <= newer.level;
@@ -45,7 +54,10 @@ impl MapStore {
             }
         }
         let empty = [Pba(0); LEAF_ENTRIES];
-        let (a, b) = (self.leaf_entries(older, from)?, self.leaf_entries(newer, from)?);
+        let (a, b) = (
+            self.leaf_entries(older, from)?,
+            self.leaf_entries(newer, from)?,
+        );
         let (a, b) = (a.unwrap_or(&empty), b.unwrap_or(&empty));
         let blocks = (from.0..span_end(0, from).0)
             .map(Lba)
@@ -70,7 +82,12 @@ impl MapStore {
 
     /// The blocks at and after `from` that only this map owns, map pages included, of one leaf or of nothing up to
     /// the returned place. An inner page is counted with the first leaf below it.
-    pub(crate) fn unique(&self, space: &SpaceMap, root: Root, from: Lba) -> Result<(Lba, u64), Fault> {
+    pub(crate) fn unique(
+        &self,
+        space: &SpaceMap,
+        root: Root,
+        from: Lba,
+    ) -> Result<(Lba, u64), Fault> {
         level_matches(root.level)?;
         let mut level = root.level;
         let mut unique = 0;
@@ -85,7 +102,7 @@ impl MapStore {
             if space.referenced(ptr.pba)? > 1 {
                 return Ok((span_end(level, from), unique));
             }
-            if from.0 % span_blocks(level) == 0 {
+            if from.0.is_multiple_of(span_blocks(level)) {
                 unique += 1;
             }
             match &*self.page(ptr, level)?.node {
@@ -103,10 +120,18 @@ impl MapStore {
 
     /// Returns the space of a removed map at `from`: a leaf's blocks, or one reference to a page that others own too.
     /// Pages that end here go with it.
-    pub(crate) fn reclaim(&mut self, root: Root, from: Lba, space: &mut SpaceMap) -> Result<ReclaimStep, Fault> {
+    pub(crate) fn reclaim(
+        &mut self,
+        root: Root,
+        from: Lba,
+        space: &mut SpaceMap,
+    ) -> Result<ReclaimStep, Fault> {
         level_matches(root.level)?;
         let Some(top) = root.ptr else {
-            return Ok(ReclaimStep { next: None, released: 0 });
+            return Ok(ReclaimStep {
+                next: None,
+                released: 0,
+            });
         };
         // The way down, until a page that others own, a hole or a leaf.
         let mut path = vec![(top, root.level)];
@@ -114,7 +139,10 @@ impl MapStore {
         let mut entries = None;
         let end = loop {
             let Some(&(ptr, level)) = path.last() else {
-                return Ok(ReclaimStep { next: None, released: 0 });
+                return Ok(ReclaimStep {
+                    next: None,
+                    released: 0,
+                });
             };
             if space.referenced(ptr.pba)? > 1 {
                 break span_end(level, from);
@@ -142,7 +170,11 @@ impl MapStore {
             }
         };
         // From here on nothing can be missing.
-        for entry in entries.iter().flat_map(|leaf| leaf.iter()).filter(|entry| entry.0 != 0) {
+        for entry in entries
+            .iter()
+            .flat_map(|leaf| leaf.iter())
+            .filter(|entry| entry.0 != 0)
+        {
             space.release(*entry, None);
             released += 1;
         }

@@ -70,8 +70,12 @@ impl Catalog {
 
     /// The volume or snapshot that `path` names.
     pub(crate) fn find(&self, path: &VolumePath) -> Result<&Volume> {
-        let missing = |what: &str| Error::with(ErrorKind::NotFound, format!("{path}: no such {what}"));
-        let volume = self.by_name.get(&path.volume).ok_or_else(|| missing("volume"))?;
+        let missing =
+            |what: &str| Error::with(ErrorKind::NotFound, format!("{path}: no such {what}"));
+        let volume = self
+            .by_name
+            .get(&path.volume)
+            .ok_or_else(|| missing("volume"))?;
         let id = match &path.snapshot {
             None => volume,
             Some(name) => self
@@ -135,14 +139,19 @@ impl Catalog {
         let taken = match role {
             Role::Volume { name, .. } => self.by_name.contains_key(name).then(|| name.to_string()),
             Role::Snapshot { name, volume } => {
-                let owner = self.path(*volume).map_or_else(String::new, |path| path.to_string());
+                let owner = self
+                    .path(*volume)
+                    .map_or_else(String::new, |path| path.to_string());
                 let taken = self.snapshots.contains_key(&(*volume, name.clone()));
                 taken.then(|| format!("{owner}@{name}"))
             }
             Role::Reclaiming { .. } => None,
         };
         match taken {
-            Some(name) => Err(Error::with(ErrorKind::AlreadyExists, format!("{name}: exists already"))),
+            Some(name) => Err(Error::with(
+                ErrorKind::AlreadyExists,
+                format!("{name}: exists already"),
+            )),
             None => Ok(()),
         }
     }
@@ -150,7 +159,9 @@ impl Catalog {
     /// Whether there is room for another entry.
     pub(crate) fn check_room(&self) -> Result<()> {
         if self.volumes.len() >= VOLUMES_MAX {
-            let message = format!("the pool has {VOLUMES_MAX} volumes and snapshots, which is the most; remove some");
+            let message = format!(
+                "the pool has {VOLUMES_MAX} volumes and snapshots, which is the most; remove some"
+            );
             return Err(Error::with(ErrorKind::Invalid, message));
         }
         Ok(())
@@ -174,9 +185,13 @@ impl Catalog {
             self.free_slots.insert(slot);
             return Ok(());
         };
-        let is_double = self.volumes.contains_key(&entry.id) || self.check_name(&entry.role).is_err();
+        let is_double =
+            self.volumes.contains_key(&entry.id) || self.check_name(&entry.role).is_err();
         if is_double || entry.id.0 >= self.next_id {
-            return Err(Error::corrupt(format!("catalog: number {} stands twice or is too high", entry.id.0)));
+            return Err(Error::corrupt(format!(
+                "catalog: number {} stands twice or is too high",
+                entry.id.0
+            )));
         }
         self.place(entry, slot, Seq(0));
         Ok(())
@@ -268,12 +283,16 @@ impl Catalog {
 
     /// All entries, by number.
     pub(crate) fn entries(&self) -> Vec<&CatalogEntry> {
-        let mut entries: Vec<&CatalogEntry> = self.volumes.values().map(|volume| &volume.entry).collect();
+        let mut entries: Vec<&CatalogEntry> =
+            self.volumes.values().map(|volume| &volume.entry).collect();
         entries.sort_by_key(|entry| entry.id);
         entries
     }
 }
 
 fn no_such(id: VolumeId) -> Error {
-    Error::with(ErrorKind::NotFound, format!("volume number {}: no such volume", id.0))
+    Error::with(
+        ErrorKind::NotFound,
+        format!("volume number {}: no such volume", id.0),
+    )
 }

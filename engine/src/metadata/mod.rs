@@ -46,15 +46,20 @@ impl Metadata {
     /// Looks at all that `record` touches; nothing is changed but what is set aside for pages.
     pub(crate) fn prepare(&mut self, record: &Record) -> Result<Prepared, Fault> {
         match record {
-            Record::Map { volume, lba, count, .. } => {
+            Record::Map {
+                volume, lba, count, ..
+            } => {
                 let entry = self.writable(*volume)?;
                 in_range(&entry, *lba, *count)?;
-                self.map.prepare_remap(entry.root, *lba, *count, &mut self.space)?;
+                self.map
+                    .prepare_remap(entry.root, *lba, *count, &mut self.space)?;
             }
             Record::Unmap { volume, lba, count } => {
                 let entry = self.writable(*volume)?;
                 in_range(&entry, *lba, *count)?;
-                let step = self.map.prepare_unmap(entry.root, *lba, lba.plus(*count), &mut self.space)?;
+                let step =
+                    self.map
+                        .prepare_unmap(entry.root, *lba, lba.plus(*count), &mut self.space)?;
                 return Ok(Prepared::Unmap(step));
             }
             Record::Create { id, name, .. } => {
@@ -64,7 +69,9 @@ impl Metadata {
                 };
                 self.check_new(*id, &role)?;
             }
-            Record::Snapshot { volume, id, name, .. } => {
+            Record::Snapshot {
+                volume, id, name, ..
+            } => {
                 let role = Role::Snapshot {
                     name: name.clone(),
                     volume: *volume,
@@ -73,7 +80,9 @@ impl Metadata {
                 let root = self.writable(*volume)?.root;
                 self.prepare_fork(root)?;
             }
-            Record::Clone { snapshot, id, name, .. } => {
+            Record::Clone {
+                snapshot, id, name, ..
+            } => {
                 let role = Role::Volume {
                     name: name.clone(),
                     origin: Some(*snapshot),
@@ -124,9 +133,10 @@ impl Metadata {
         let entry = &self.catalog.get(id)?.entry;
         match entry.role {
             Role::Snapshot { .. } => Ok(entry),
-            Role::Volume { .. } | Role::Reclaiming { .. } => {
-                Err(Error::with(ErrorKind::Invalid, format!("number {} is not a snapshot", id.0)))
-            }
+            Role::Volume { .. } | Role::Reclaiming { .. } => Err(Error::with(
+                ErrorKind::Invalid,
+                format!("number {} is not a snapshot", id.0),
+            )),
         }
     }
 
@@ -146,7 +156,10 @@ impl Metadata {
 
     fn check_new(&self, id: VolumeId, role: &Role) -> Result<()> {
         if id < self.catalog.next_id() {
-            return Err(Error::corrupt(format!("number {} is given a second time", id.0)));
+            return Err(Error::corrupt(format!(
+                "number {} is given a second time",
+                id.0
+            )));
         }
         self.catalog.check_room()?;
         self.catalog.check_name(role)
@@ -162,10 +175,16 @@ impl Metadata {
     /// Applies a prepared record, whose number is `seq`.
     pub(crate) fn apply(&mut self, record: &Record, prepared: Prepared, seq: Seq) -> Result<()> {
         match record {
-            Record::Map { volume, lba, pba, count } => {
+            Record::Map {
+                volume,
+                lba,
+                pba,
+                count,
+            } => {
                 let volume = self.catalog.get_mut(*volume)?;
                 let root = &mut volume.entry.root;
-                self.map.remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
+                self.map
+                    .remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
                 self.count_mapped(volume_id(record))?;
             }
             Record::Unmap { volume, .. } => {
@@ -173,7 +192,8 @@ impl Metadata {
                     return Ok(());
                 };
                 let volume = self.catalog.get_mut(*volume)?;
-                self.map.unmap(&mut volume.entry.root, step, seq, &mut self.space);
+                self.map
+                    .unmap(&mut volume.entry.root, step, seq, &mut self.space);
                 self.count_mapped(volume_id(record))?;
             }
             Record::Create {
@@ -231,22 +251,11 @@ impl Metadata {
                 snapshot,
                 reclaim,
             } => {
-                let to = self.catalog.get(*snapshot)?.entry.clone();
-                let root = MapStore::fork(to.root, &mut self.space);
-                let entry = &mut self.catalog.get_mut(*volume)?.entry;
-                let mut old = entry.clone();
-                entry.root = root;
-                entry.bytes = to.bytes;
-                entry.mapped_blocks = to.mapped_blocks;
-                if let Role::Volume { origin, .. } = &mut entry.role {
-                    *origin = Some(*snapshot);
-                }
-                old.id = *reclaim;
-                old.role = Role::Reclaiming { cursor: Lba(0) };
-                self.catalog.insert(old, seq);
+                self.roll_back(*volume, *snapshot, *reclaim, seq)?;
             }
             Record::Remove { id } => {
-                self.catalog.set_role(*id, Role::Reclaiming { cursor: Lba(0) }, seq);
+                self.catalog
+                    .set_role(*id, Role::Reclaiming { cursor: Lba(0) }, seq);
             }
             Record::Rename { id, name } => {
                 let role = self.renamed(*id, name)?;
@@ -262,6 +271,29 @@ impl Metadata {
         Ok(())
     }
 
+    fn roll_back(
+        &mut self,
+        volume: VolumeId,
+        snapshot: VolumeId,
+        reclaim: VolumeId,
+        seq: Seq,
+    ) -> Result<()> {
+        let to = self.catalog.get(snapshot)?.entry.clone();
+        let root = MapStore::fork(to.root, &mut self.space);
+        let entry = &mut self.catalog.get_mut(volume)?.entry;
+        let mut old = entry.clone();
+        entry.root = root;
+        entry.bytes = to.bytes;
+        entry.mapped_blocks = to.mapped_blocks;
+        if let Role::Volume { origin, .. } = &mut entry.role {
+            *origin = Some(snapshot);
+        }
+        old.id = reclaim;
+        old.role = Role::Reclaiming { cursor: Lba(0) };
+        self.catalog.insert(old, seq);
+        Ok(())
+    }
+
     fn count_mapped(&mut self, id: VolumeId) -> Result<()> {
         let volume = self.catalog.get_mut(id)?;
         if let Ok(mapped) = self.map.mapped(volume.entry.root) {
@@ -270,7 +302,14 @@ impl Metadata {
         Ok(())
     }
 
-    fn fork(&mut self, from: VolumeId, id: VolumeId, role: Role, created: crate::units::Timestamp, seq: Seq) -> Result<()> {
+    fn fork(
+        &mut self,
+        from: VolumeId,
+        id: VolumeId,
+        role: Role,
+        created: crate::units::Timestamp,
+        seq: Seq,
+    ) -> Result<()> {
         let mut entry = self.catalog.get(from)?.entry.clone();
         entry.id = id;
         entry.role = role;
@@ -295,7 +334,9 @@ impl Metadata {
                 count: end.0 - at.0,
             };
             let prepared = self.prepare(&rest)?;
-            let Prepared::Unmap(step) = prepared else { break };
+            let Prepared::Unmap(step) = prepared else {
+                break;
+            };
             self.apply(&rest, prepared, seq)?;
             at = step.end();
         }
@@ -306,7 +347,11 @@ impl Metadata {
     pub(crate) fn reclaim(&mut self, id: VolumeId) -> Result<ReclaimStep, Fault> {
         let entry = &self.catalog.get(id)?.entry;
         let Role::Reclaiming { cursor } = entry.role else {
-            return Err(Error::with(ErrorKind::Busy, "a volume that was not removed is reclaimed").into());
+            return Err(Error::with(
+                ErrorKind::Busy,
+                "a volume that was not removed is reclaimed",
+            )
+            .into());
         };
         let step = self.map.reclaim(entry.root, cursor, &mut self.space)?;
         match step.next {

@@ -29,7 +29,7 @@ pub(super) struct AttachedVolume {
 pub struct Attached {
     pool: Arc<Pool>,
     volume: Arc<AttachedVolume>,
-    attached_as: VolumePath,
+    first_path: VolumePath,
 }
 
 impl Attached {
@@ -57,14 +57,16 @@ impl Attached {
         Ok(Arc::new(Self {
             pool: Arc::clone(pool),
             volume,
-            attached_as: path.clone(),
+            first_path: path.clone(),
         }))
     }
 
     /// What is attached. It follows a rename.
     pub fn path(&self) -> VolumePath {
         // What is attached is never removed, so it always has a name.
-        self.pool.path_of(self.volume.id).unwrap_or_else(|_| self.attached_as.clone())
+        self.pool
+            .path_of(self.volume.id)
+            .unwrap_or_else(|_| self.first_path.clone())
     }
 
     /// Its number.
@@ -90,24 +92,34 @@ impl Attached {
     /// Gives the volume back to the pool. Idempotent.
     pub fn detach(&self) {
         let mut attached = self.pool.attached.lock();
-        if attached.get(&self.volume.id).is_some_and(|held| Arc::ptr_eq(held, &self.volume)) {
+        if attached
+            .get(&self.volume.id)
+            .is_some_and(|held| Arc::ptr_eq(held, &self.volume))
+        {
             attached.remove(&self.volume.id);
         }
     }
 
     fn io<'a, D>(&'a self, device: &'a D) -> Io<'a, D> {
         let volume = &*self.volume;
-        self.pool.io(device, volume.id, volume.redirects_always, &volume.counters)
+        self.pool
+            .io(device, volume.id, volume.redirects_always, &volume.counters)
     }
 
     fn check_range(&self, offset: u64, bytes: u64) -> Result<()> {
         let end = offset.checked_add(bytes);
         if end.is_none_or(|end| end > self.bytes()) {
-            return Err(Error::with(ErrorKind::Invalid, "a request beyond the volume's end"));
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                "a request beyond the volume's end",
+            ));
         }
         let sector = u64::from(self.volume.sector_bytes);
         if !offset.is_multiple_of(sector) || !bytes.is_multiple_of(sector) {
-            return Err(Error::with(ErrorKind::Invalid, "a request that does not consist of whole sectors"));
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                "a request that does not consist of whole sectors",
+            ));
         }
         Ok(())
     }
@@ -161,22 +173,37 @@ impl Attached {
     /// Unmaps the whole blocks of the range; they read as zeros.
     pub async fn discard<D: Device>(&self, device: &D, offset: u64, bytes: u64) -> Result<()> {
         self.check_change(offset, bytes)?;
-        self.volume.counters.discards.fetch_add(1, Ordering::Relaxed);
+        self.volume
+            .counters
+            .discards
+            .fetch_add(1, Ordering::Relaxed);
         let _alone = self.lock(offset, bytes).await;
         self.io(device).discard(offset, bytes).await
     }
 
     /// Zeroes the range to the byte; `keep_space`: blocks stay allocated (NOUNMAP).
-    pub async fn write_zeroes<D: Device>(&self, device: &D, offset: u64, bytes: u64, keep_space: bool) -> Result<()> {
+    pub async fn write_zeroes<D: Device>(
+        &self,
+        device: &D,
+        offset: u64,
+        bytes: u64,
+        keep_space: bool,
+    ) -> Result<()> {
         self.check_change(offset, bytes)?;
-        self.volume.counters.discards.fetch_add(1, Ordering::Relaxed);
+        self.volume
+            .counters
+            .discards
+            .fetch_add(1, Ordering::Relaxed);
         let _alone = self.lock(offset, bytes).await;
-        self.io(device).write_zeroes(offset, bytes, keep_space).await
+        self.io(device)
+            .write_zeroes(offset, bytes, keep_space)
+            .await
     }
 
     /// Its counters.
     pub fn stats(&self) -> VolumeStats {
-        self.volume.stats(self.path(), self.pool.ledger.clock.monotonic_ns())
+        self.volume
+            .stats(self.path(), self.pool.ledger.clock.monotonic_ns())
     }
 }
 

@@ -45,14 +45,20 @@ struct Visit {
 impl Pool {
     /// Holds every reference against every count. Reads all metadata; the pool may be open read-only. `progress` is
     /// called with how many blocks are accounted for, and of how many.
-    pub async fn check<D: Device>(&self, device: &D, progress: &mut dyn FnMut(u64, u64)) -> Result<CheckReport> {
+    pub async fn check<D: Device>(
+        &self,
+        device: &D,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CheckReport> {
         let _alone = self.control.lock().await;
         if !self.is_read_only {
             self.checkpoint(device).await?;
         }
         let superblock = self.checkpoints.hold().await;
         let metadata = if self.is_read_only {
-            load_current(device, &superblock, &self.ring, &mut Vec::new()).await?.0
+            load_current(device, &superblock, &self.ring, &mut Vec::new())
+                .await?
+                .0
         } else {
             load(device, &superblock).await?
         };
@@ -65,7 +71,13 @@ impl Pool {
             report: CheckReport::default(),
         };
         check.catalog();
-        let entries: Vec<CatalogEntry> = check.metadata.catalog.entries().into_iter().cloned().collect();
+        let entries: Vec<CatalogEntry> = check
+            .metadata
+            .catalog
+            .entries()
+            .into_iter()
+            .cloned()
+            .collect();
         for entry in &entries {
             check.map(entry, progress).await;
         }
@@ -93,7 +105,14 @@ impl<D: Device> Check<'_, D> {
     }
 
     fn catalog(&mut self) {
-        let pages: Vec<PagePtr> = self.metadata.catalog_places.iter().flatten().flatten().copied().collect();
+        let pages: Vec<PagePtr> = self
+            .metadata
+            .catalog_places
+            .iter()
+            .flatten()
+            .flatten()
+            .copied()
+            .collect();
         for ptr in pages {
             self.refer(ptr.pba);
             self.report.pages += 1;
@@ -102,7 +121,10 @@ impl<D: Device> Check<'_, D> {
 
     async fn map(&mut self, entry: &CatalogEntry, progress: &mut dyn FnMut(u64, u64)) {
         let path = self.metadata.catalog.path(entry.id);
-        let name = path.map_or_else(|| format!("removed volume number {}", entry.id.0), |path| path.to_string());
+        let name = path.map_or_else(
+            || format!("removed volume number {}", entry.id.0),
+            |path| path.to_string(),
+        );
         let cursor = match entry.role {
             Role::Reclaiming { cursor } => cursor,
             Role::Volume { .. } | Role::Snapshot { .. } => Lba(0),
@@ -125,9 +147,14 @@ impl<D: Device> Check<'_, D> {
             match self.page(&visit).await {
                 Ok((mapped, node)) => {
                     let is_root = entry.root.ptr == Some(visit.ptr);
-                    if is_root && mapped != entry.mapped_blocks && !matches!(entry.role, Role::Reclaiming { .. }) {
+                    if is_root
+                        && mapped != entry.mapped_blocks
+                        && !matches!(entry.role, Role::Reclaiming { .. })
+                    {
                         let says = entry.mapped_blocks;
-                        self.damage(format!("{name}: maps {mapped} blocks, the catalog says {says}"));
+                        self.damage(format!(
+                            "{name}: maps {mapped} blocks, the catalog says {says}"
+                        ));
                     }
                     self.below(&visit, &node, &mut visits);
                 }
@@ -197,7 +224,10 @@ impl<D: Device> Check<'_, D> {
                 let counted = match counted {
                     Ok(counted) => counted,
                     Err(error) => {
-                        self.damage(format!("counts of {REGION_BLOCKS} blocks from {}: {error}", Pba(start)));
+                        self.damage(format!(
+                            "counts of {REGION_BLOCKS} blocks from {}: {error}",
+                            Pba(start)
+                        ));
                         break;
                     }
                 };
@@ -206,7 +236,9 @@ impl<D: Device> Check<'_, D> {
                 if found < counted {
                     self.report.leaked_blocks += 1;
                 } else if found > counted {
-                    let error = Error::corrupt(format!("{found} references, counted are {counted}")).at_pba(pba);
+                    let error =
+                        Error::corrupt(format!("{found} references, counted are {counted}"))
+                            .at_pba(pba);
                     self.damage(error.to_string());
                 }
             }

@@ -22,7 +22,9 @@ impl Pool {
                 let found = metadata.catalog.get(id)?;
                 let path = metadata.catalog.path(id);
                 let origin = match &found.entry.role {
-                    Role::Volume { origin, .. } => origin.and_then(|origin| metadata.catalog.path(origin)),
+                    Role::Volume { origin, .. } => {
+                        origin.and_then(|origin| metadata.catalog.path(origin))
+                    }
                     Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
                 };
                 Ok::<_, Error>(path.map(|path| (path, origin, found.entry.clone())))
@@ -62,7 +64,8 @@ impl Pool {
             let (space, catalog) = (&metadata.space, &metadata.catalog);
             let mut warnings = self.warnings.clone();
             if space.underflows() > 0 {
-                warnings.push("block counts were found too low; run `ublkctl pool check`".to_owned());
+                warnings
+                    .push("block counts were found too low; run `ublkctl pool check`".to_owned());
             }
             PoolStatus {
                 name: self.name.clone(),
@@ -118,13 +121,21 @@ fn describe(
     let used = entry.mapped_blocks * BLOCK_BYTES;
     let unique = unique_blocks * BLOCK_BYTES;
     Entry {
-        kind: if path.snapshot.is_some() { EntryKind::Snapshot } else { EntryKind::Volume },
+        kind: if path.snapshot.is_some() {
+            EntryKind::Snapshot
+        } else {
+            EntryKind::Volume
+        },
         path,
         id: entry.id,
         origin,
         size_bytes: entry.bytes,
         sector_bytes: entry.sector_bytes,
-        redirect: if entry.redirects_always { Redirect::Always } else { Redirect::Shared },
+        redirect: if entry.redirects_always {
+            Redirect::Always
+        } else {
+            Redirect::Shared
+        },
         used_bytes: used,
         unique_bytes: unique,
         shared_bytes: used.saturating_sub(unique),

@@ -65,8 +65,12 @@ impl Pool {
         }
         let has_more = self.reclaim(device).await?;
         let durable = self.checkpoints.progress().0;
-        if self.ledger.look(|metadata| metadata.map.is_over(MAP_PAGES_MAX)) {
-            self.ledger.adjust(|metadata| metadata.map.evict(durable, MAP_PAGES_MAX));
+        if self
+            .ledger
+            .look(|metadata| metadata.map.is_over(MAP_PAGES_MAX))
+        {
+            self.ledger
+                .adjust(|metadata| metadata.map.evict(durable, MAP_PAGES_MAX));
         }
         if self.wants_checkpoint(now, has_more) {
             work.has_reclaimed.store(false, Ordering::Relaxed);
@@ -89,15 +93,26 @@ impl Pool {
 
     fn wants_checkpoint(&self, now: u64, reclaim_goes_on: bool) -> bool {
         let work = &self.maintenance;
-        let is_journal_half_full = self.ledger.journal_usage().is_some_and(|(used, all)| used * 2 > all);
+        let is_journal_half_full = self
+            .ledger
+            .journal_usage()
+            .is_some_and(|(used, all)| used * 2 > all);
         let (pending, free, blocks) = self.ledger.look(|metadata| {
             let space = &metadata.space;
-            (space.pending_blocks(), space.free_for_data(), space.blocks())
+            (
+                space.pending_blocks(),
+                space.free_for_data(),
+                space.blocks(),
+            )
         });
         let is_space_short = pending > 0 && (pending > blocks / 8 || free < pending);
         let reclaim_ended = !reclaim_goes_on && work.has_reclaimed.load(Ordering::Relaxed);
-        let is_due = now.saturating_sub(work.checkpointed_ns.load(Ordering::Relaxed)) >= CHECKPOINT_NS
-            && self.ledger.journal_usage().is_some_and(|(used, _)| used > 0);
+        let is_due = now.saturating_sub(work.checkpointed_ns.load(Ordering::Relaxed))
+            >= CHECKPOINT_NS
+            && self
+                .ledger
+                .journal_usage()
+                .is_some_and(|(used, _)| used > 0);
         is_journal_half_full || is_space_short || reclaim_ended || is_due
     }
 
@@ -107,7 +122,11 @@ impl Pool {
             let durable = self.ledger.durable();
             let next: Option<VolumeId> = self.ledger.look(|metadata| {
                 let catalog = &metadata.catalog;
-                let is_ready = |id: &&VolumeId| catalog.get(**id).is_ok_and(|found| found.removed_at <= durable);
+                let is_ready = |id: &&VolumeId| {
+                    catalog
+                        .get(**id)
+                        .is_ok_and(|found| found.removed_at <= durable)
+                };
                 catalog.reclaiming().iter().find(is_ready).copied()
             });
             let Some(id) = next else {
@@ -117,8 +136,12 @@ impl Pool {
                 .ledger
                 .change(device, |draft| draft.metadata().reclaim(id))
                 .await?;
-            self.maintenance.reclaimed.fetch_add(step.released, Ordering::Relaxed);
-            self.maintenance.has_reclaimed.store(true, Ordering::Relaxed);
+            self.maintenance
+                .reclaimed
+                .fetch_add(step.released, Ordering::Relaxed);
+            self.maintenance
+                .has_reclaimed
+                .store(true, Ordering::Relaxed);
         }
         Ok(true)
     }

@@ -68,7 +68,11 @@ impl Pool {
         if let Some(volume) = self.attached.lock().values().next() {
             return Err(Error::with(
                 ErrorKind::Busy,
-                format!("{}/{}: is attached; detach it first", self.name, self.path_of(volume.id)?),
+                format!(
+                    "{}/{}: is attached; detach it first",
+                    self.name,
+                    self.path_of(volume.id)?
+                ),
             ));
         }
         if self.is_read_only {
@@ -96,11 +100,17 @@ impl Pool {
         if blocks < before {
             return Err(Error::with(
                 ErrorKind::Invalid,
-                format!("{}: has {before} blocks already; a pool cannot shrink", self.name),
+                format!(
+                    "{}: has {before} blocks already; a pool cannot shrink",
+                    self.name
+                ),
             ));
         }
         if blocks > crate::limits::POOL_BLOCKS_MAX {
-            return Err(Error::with(ErrorKind::Invalid, format!("{}: a pool has at most 8 PiB", self.name)));
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{}: a pool has at most 8 PiB", self.name),
+            ));
         }
         if blocks > before {
             self.ledger
@@ -125,7 +135,10 @@ impl Pool {
 
     fn check_writable(&self) -> Result<()> {
         if self.is_read_only {
-            return Err(Error::with(ErrorKind::ReadOnly, format!("{}: is open read-only", self.name)));
+            return Err(Error::with(
+                ErrorKind::ReadOnly,
+                format!("{}: is open read-only", self.name),
+            ));
         }
         self.ledger.check_poison()
     }
@@ -144,10 +157,21 @@ impl Pool {
 
     fn path_of(&self, id: VolumeId) -> Result<crate::name::VolumePath> {
         let path = self.ledger.look(|metadata| metadata.catalog.path(id));
-        path.ok_or_else(|| Error::with(ErrorKind::NotFound, format!("{}: volume number {} is gone", self.name, id.0)))
+        path.ok_or_else(|| {
+            Error::with(
+                ErrorKind::NotFound,
+                format!("{}: volume number {} is gone", self.name, id.0),
+            )
+        })
     }
 
-    fn io<'a, D>(&'a self, device: &'a D, volume: VolumeId, redirects_always: bool, counters: &'a Counters) -> Io<'a, D> {
+    fn io<'a, D>(
+        &'a self,
+        device: &'a D,
+        volume: VolumeId,
+        redirects_always: bool,
+        counters: &'a Counters,
+    ) -> Io<'a, D> {
         Io {
             ledger: &self.ledger,
             checkpoints: &self.checkpoints,

@@ -93,8 +93,8 @@ impl Pool {
                 ErrorKind::Invalid,
                 format!(
                     "a pool has at least {} MiB and at most 8 PiB; this would have {} MiB",
-                    POOL_BLOCKS_MIN * BLOCK_BYTES >> 20,
-                    blocks * BLOCK_BYTES >> 20
+                    (POOL_BLOCKS_MIN * BLOCK_BYTES) >> 20,
+                    (blocks * BLOCK_BYTES) >> 20
                 ),
             ));
         }
@@ -141,9 +141,16 @@ impl Pool {
             superblock.is_clean = false;
             write_superblocks(device, &superblock).await?;
         }
-        let (metadata, unsaved) = load_current(device, &superblock, &options.ring, &mut warnings).await?;
+        let (metadata, unsaved) =
+            load_current(device, &superblock, &options.ring, &mut warnings).await?;
         let has_unsaved = unsaved.next > superblock.seq;
-        let ledger = Ledger::new(metadata, unsaved.next, unsaved.tail, None, Arc::clone(&options.clock));
+        let ledger = Ledger::new(
+            metadata,
+            unsaved.next,
+            unsaved.tail,
+            None,
+            Arc::clone(&options.clock),
+        );
         let (boot_id, session) = (boot_id_of(&options.ring), superblock.session + 1);
         let pool = Self {
             name: superblock.name.clone(),
@@ -166,7 +173,9 @@ impl Pool {
         };
         if has_unsaved {
             let (checkpoints, ledger) = (&pool.checkpoints, &pool.ledger);
-            checkpoints.write(ledger, device, Ending::GoOn, restate).await?;
+            checkpoints
+                .write(ledger, device, Ending::GoOn, restate)
+                .await?;
             tracing::info!(pool = %pool.name, records = unsaved.records.len(), "recovered what no checkpoint covered");
         } else {
             pool.checkpoints.restate(device, restate).await?;
@@ -184,7 +193,11 @@ impl Pool {
     }
 
     /// Gives the I/O of a volume, or of a snapshot (always read-only), to a frontend; refused while somebody has it.
-    pub fn attach(self: &Arc<Self>, path: &crate::name::VolumePath, read_only: bool) -> Result<Arc<Attached>> {
+    pub fn attach(
+        self: &Arc<Self>,
+        path: &crate::name::VolumePath,
+        read_only: bool,
+    ) -> Result<Arc<Attached>> {
         Attached::new(self, path, read_only || self.is_read_only)
     }
 }
@@ -253,7 +266,10 @@ async fn read_unsaved<D: Device>(
     }
     drop_cut_change(&mut framed);
     Ok(Unsaved {
-        records: framed.into_iter().map(|Framed { record, .. }| record).collect(),
+        records: framed
+            .into_iter()
+            .map(|Framed { record, .. }| record)
+            .collect(),
         first: superblock.seq,
         next,
         tail: read.tail,
@@ -266,12 +282,16 @@ async fn replay<D: Device>(device: &D, metadata: &mut Metadata, unsaved: &Unsave
     for record in &unsaved.records {
         if let Record::Map { pba, count, .. } = record {
             let extent = Extent::new(*pba, *count);
-            metadata.with_supply(device, |metadata| metadata.space.claim(extent)).await?;
+            metadata
+                .with_supply(device, |metadata| metadata.space.claim(extent))
+                .await?;
         }
     }
     let mut seq = unsaved.first;
     for record in &unsaved.records {
-        metadata.with_supply(device, |metadata| metadata.replay(record, seq)).await?;
+        metadata
+            .with_supply(device, |metadata| metadata.replay(record, seq))
+            .await?;
         seq = seq.next();
     }
     Ok(())

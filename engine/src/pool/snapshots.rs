@@ -21,10 +21,16 @@ impl Pool {
     pub async fn snapshot<D: Device>(&self, device: &D, targets: &[VolumePath]) -> Result<()> {
         let invalid = |message: String| Err(Error::with(ErrorKind::Invalid, message));
         if targets.is_empty() || targets.len() > SNAPSHOT_GROUP_MAX {
-            return invalid(format!("a snapshot takes 1 to {SNAPSHOT_GROUP_MAX} targets, not {}", targets.len()));
+            return invalid(format!(
+                "a snapshot takes 1 to {SNAPSHOT_GROUP_MAX} targets, not {}",
+                targets.len()
+            ));
         }
         if let Some(path) = targets.iter().find(|path| path.snapshot.is_none()) {
-            return invalid(format!("{}/{path}: names no snapshot; write {path}@NAME", self.name));
+            return invalid(format!(
+                "{}/{path}: names no snapshot; write {path}@NAME",
+                self.name
+            ));
         }
         let mut seen = BTreeSet::new();
         if let Some(path) = targets.iter().find(|path| !seen.insert(*path)) {
@@ -73,7 +79,12 @@ impl Pool {
     }
 
     /// Makes a volume that begins as the snapshot is.
-    pub async fn clone_snapshot<D: Device>(&self, device: &D, snapshot: &VolumePath, volume: &Name) -> Result<VolumeId> {
+    pub async fn clone_snapshot<D: Device>(
+        &self,
+        device: &D,
+        snapshot: &VolumePath,
+        volume: &Name,
+    ) -> Result<VolumeId> {
         self.require_snapshot(snapshot)?;
         let _alone = self.control.lock().await;
         let created = self.ledger.clock.now();
@@ -141,9 +152,19 @@ impl Pool {
     /// Where `to` differs from `from`, in order; adjacent runs of one kind are one.
     ///
     /// A live volume is compared as it is found, step by step; a snapshot of it is the way to one point in time.
-    pub async fn diff<D: Device>(&self, device: &D, from: &VolumePath, to: &VolumePath) -> Result<Vec<DiffExtent>> {
+    pub async fn diff<D: Device>(
+        &self,
+        device: &D,
+        from: &VolumePath,
+        to: &VolumePath,
+    ) -> Result<Vec<DiffExtent>> {
         let (older, newer) = self.ledger.look(|metadata| {
-            let id = |path| metadata.catalog.find(path).map(|found| (found.entry.id, found.entry.bytes));
+            let id = |path| {
+                metadata
+                    .catalog
+                    .find(path)
+                    .map(|found| (found.entry.id, found.entry.bytes))
+            };
             Ok::<_, Error>((id(from)?, id(to)?))
         })?;
         let end = Lba(blocks_of(older.1.max(newer.1)));
@@ -160,9 +181,15 @@ impl Pool {
                 .await?;
             for (lba, is_mapped) in step.blocks {
                 let offset = lba.0 * BLOCK_BYTES;
-                let kind = if is_mapped { DiffKind::Data } else { DiffKind::Zero };
+                let kind = if is_mapped {
+                    DiffKind::Data
+                } else {
+                    DiffKind::Zero
+                };
                 match extents.last_mut() {
-                    Some(last) if last.kind == kind && last.offset + last.length == offset => last.length += BLOCK_BYTES,
+                    Some(last) if last.kind == kind && last.offset + last.length == offset => {
+                        last.length += BLOCK_BYTES;
+                    }
                     _ => extents.push(DiffExtent {
                         offset,
                         length: BLOCK_BYTES,

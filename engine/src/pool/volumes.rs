@@ -20,24 +20,40 @@ use std::sync::atomic::Ordering;
 fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
     let invalid = |fact: String| Err(Error::with(ErrorKind::Invalid, format!("{name}: {fact}")));
     if sector_bytes != 512 && sector_bytes != 4096 {
-        return invalid(format!("a sector has 512 or 4096 bytes, not {sector_bytes}"));
+        return invalid(format!(
+            "a sector has 512 or 4096 bytes, not {sector_bytes}"
+        ));
     }
     if bytes == 0 {
         return invalid("a size of 0; give at least one sector".into());
     }
     if bytes > VOLUME_BYTES_MAX {
-        return invalid(format!("a size of {bytes} bytes; a volume has at most {} TiB", VOLUME_BYTES_MAX >> 40));
+        return invalid(format!(
+            "a size of {bytes} bytes; a volume has at most {} TiB",
+            VOLUME_BYTES_MAX >> 40
+        ));
     }
     if !bytes.is_multiple_of(u64::from(sector_bytes)) {
-        return invalid(format!("a size of {bytes} bytes is not a multiple of the sector, {sector_bytes} bytes"));
+        return invalid(format!(
+            "a size of {bytes} bytes is not a multiple of the sector, {sector_bytes} bytes"
+        ));
     }
     Ok(())
 }
 
 impl Pool {
     /// Makes an empty volume.
-    pub async fn create_volume<D: Device>(&self, device: &D, name: &Name, options: VolumeOptions) -> Result<VolumeId> {
-        check_size(&format!("{}/{name}", self.name), options.bytes, options.sector_bytes)?;
+    pub async fn create_volume<D: Device>(
+        &self,
+        device: &D,
+        name: &Name,
+        options: VolumeOptions,
+    ) -> Result<VolumeId> {
+        check_size(
+            &format!("{}/{name}", self.name),
+            options.bytes,
+            options.sector_bytes,
+        )?;
         let _alone = self.control.lock().await;
         let created = self.ledger.clock.now();
         self.change(device, |draft| {
@@ -56,14 +72,21 @@ impl Pool {
     }
 
     /// Renames a volume (its snapshots follow), or a snapshot within its volume.
-    pub async fn rename<D: Device>(&self, device: &D, from: &VolumePath, to: &VolumePath) -> Result<()> {
+    pub async fn rename<D: Device>(
+        &self,
+        device: &D,
+        from: &VolumePath,
+        to: &VolumePath,
+    ) -> Result<()> {
         let name = match (&from.snapshot, &to.snapshot) {
             (None, None) => &to.volume,
             (Some(_), Some(name)) if from.volume == to.volume => name,
             _ => {
                 return Err(Error::with(
                     ErrorKind::Invalid,
-                    format!("{from} cannot become {to}: a volume becomes a volume, a snapshot one of the same volume"),
+                    format!(
+                        "{from} cannot become {to}: a volume becomes a volume, a snapshot one of the same volume"
+                    ),
                 ));
             }
         };
@@ -79,7 +102,13 @@ impl Pool {
     }
 
     /// Changes a volume's size. Shrinking needs `allow_shrink` and an unattached volume.
-    pub async fn resize<D: Device>(&self, device: &D, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<()> {
+    pub async fn resize<D: Device>(
+        &self,
+        device: &D,
+        volume: &Name,
+        bytes: u64,
+        allow_shrink: bool,
+    ) -> Result<()> {
         let path = VolumePath {
             volume: volume.clone(),
             snapshot: None,
@@ -87,21 +116,33 @@ impl Pool {
         let shown = format!("{}/{volume}", self.name);
         let _alone = self.control.lock().await;
         self.check_writable()?;
-        let entry = self.ledger.look(|metadata| metadata.catalog.find(&path).map(|found| found.entry.clone()))?;
+        let entry = self.ledger.look(|metadata| {
+            metadata
+                .catalog
+                .find(&path)
+                .map(|found| found.entry.clone())
+        })?;
         check_size(&shown, bytes, entry.sector_bytes)?;
         let attached = self.attached.lock().get(&entry.id).cloned();
         if bytes < entry.bytes {
             if !allow_shrink {
-                let message = format!("{shown}: has {} bytes; --allow-shrink cuts off what is beyond {bytes}", entry.bytes);
+                let message = format!(
+                    "{shown}: has {} bytes; --allow-shrink cuts off what is beyond {bytes}",
+                    entry.bytes
+                );
                 return Err(Error::with(ErrorKind::Invalid, message));
             }
             if attached.is_some() {
-                return Err(Error::with(ErrorKind::Busy, format!("{shown}: is attached; detach it before it shrinks")));
+                return Err(Error::with(
+                    ErrorKind::Busy,
+                    format!("{shown}: is attached; detach it before it shrinks"),
+                ));
             }
             self.cut_off(device, &entry, bytes).await?;
         }
         let id = entry.id;
-        self.change(device, |draft| draft.apply(&Record::Resize { id, bytes })).await?;
+        self.change(device, |draft| draft.apply(&Record::Resize { id, bytes }))
+            .await?;
         if let Some(attached) = attached {
             attached.bytes.store(bytes, Ordering::Release);
         }
@@ -114,9 +155,11 @@ impl Pool {
         let io = self.io(device, entry.id, entry.redirects_always, &counters);
         let whole = bytes.next_multiple_of(BLOCK_BYTES);
         if whole > bytes {
-            io.write_zeroes(bytes, whole.min(entry.bytes) - bytes, false).await?;
+            io.write_zeroes(bytes, whole.min(entry.bytes) - bytes, false)
+                .await?;
         }
-        io.unmap(Lba(blocks_of(bytes)), Lba(blocks_of(entry.bytes))).await
+        io.unmap(Lba(blocks_of(bytes)), Lba(blocks_of(entry.bytes)))
+            .await
     }
 
     /// Removes volumes and snapshots, or with `dry_run` says what that would free. `recursive`: a volume's snapshots
@@ -138,7 +181,8 @@ impl Pool {
         };
         if !dry_run {
             let records: Vec<Record> = ids.iter().map(|id| Record::Remove { id: *id }).collect();
-            self.change(device, |draft| draft.apply_all(&records)).await?;
+            self.change(device, |draft| draft.apply_all(&records))
+                .await?;
             self.maintenance.want();
         }
         Ok(removal)
@@ -196,10 +240,21 @@ impl Pool {
         let mut going: FxHashMap<Pba, u32> = FxHashMap::default();
         let mut pages: Vec<(PagePtr, u8)> = self.ledger.look(|metadata| {
             let roots = ids.iter().filter_map(|id| metadata.catalog.get(*id).ok());
-            roots.filter_map(|found| found.entry.root.ptr.map(|ptr| (ptr, found.entry.root.level))).collect()
+            roots
+                .filter_map(|found| {
+                    found
+                        .entry
+                        .root
+                        .ptr
+                        .map(|ptr| (ptr, found.entry.root.level))
+                })
+                .collect()
         });
         while let Some((ptr, level)) = pages.pop() {
-            let owners = self.ledger.view(device, |metadata| metadata.space.referenced(ptr.pba)).await?;
+            let owners = self
+                .ledger
+                .view(device, |metadata| metadata.space.referenced(ptr.pba))
+                .await?;
             let gone = going.entry(ptr.pba).or_default();
             *gone += 1;
             if *gone < owners {

@@ -99,7 +99,9 @@ impl SpaceMap {
             if !self.regions[last].is_loaded() {
                 return Err(Fault::Missing(Missing::Counts(region)));
             }
-            self.available += self.region_mut(region).grow(region, before, blocks, journal);
+            self.available += self
+                .region_mut(region)
+                .grow(region, before, blocks, journal);
         }
         self.add_regions(blocks);
         Ok(())
@@ -160,17 +162,27 @@ impl SpaceMap {
     /// How many owners a block has.
     pub(crate) fn count(&self, pba: Pba) -> Result<u32, Fault> {
         let (region, offset) = place(pba);
-        let counted = usize::try_from(region).ok().and_then(|index| self.regions.get(index));
+        let counted = usize::try_from(region)
+            .ok()
+            .and_then(|index| self.regions.get(index));
         let Some(counted) = counted.filter(|_| pba.0 < self.blocks) else {
-            return Err(Error::corrupt("a pointer beyond the pool").at_pba(pba).into());
+            return Err(Error::corrupt("a pointer beyond the pool")
+                .at_pba(pba)
+                .into());
         };
-        counted.count(offset).ok_or(Fault::Missing(Missing::Counts(region)))
+        counted
+            .count(offset)
+            .ok_or(Fault::Missing(Missing::Counts(region)))
     }
 
     /// The count of a block that something points to: 0 is damage.
     pub(crate) fn referenced(&self, pba: Pba) -> Result<u32, Fault> {
         match self.count(pba)? {
-            0 => Err(Error::corrupt("a pointer to a block that is counted as free").at_pba(pba).into()),
+            0 => Err(
+                Error::corrupt("a pointer to a block that is counted as free")
+                    .at_pba(pba)
+                    .into(),
+            ),
             count => Ok(count),
         }
     }
@@ -195,7 +207,10 @@ impl SpaceMap {
 
     fn region_mut(&mut self, region: u64) -> &mut Region {
         self.dirty.insert(region);
-        #[expect(clippy::expect_used, reason = "callers checked the block with `count` first")]
+        #[expect(
+            clippy::expect_used,
+            reason = "callers checked the block with `count` first"
+        )]
         let index = usize::try_from(region).expect("a region index fits memory");
         &mut self.regions[index]
     }
@@ -244,7 +259,9 @@ impl SpaceMap {
 
     /// Marks a block that the journal maps as taken, before replay hands out blocks for metadata.
     pub(crate) fn claim(&mut self, extent: Extent) -> Result<(), Fault> {
-        let in_use = |pba| Fault::Error(Error::corrupt("the journal maps a block that is in use").at_pba(pba));
+        let in_use = |pba| {
+            Fault::Error(Error::corrupt("the journal maps a block that is in use").at_pba(pba))
+        };
         for pba in extent.blocks() {
             if self.count(pba)? != 0 {
                 return Err(in_use(pba));
@@ -261,7 +278,12 @@ impl SpaceMap {
     }
 
     /// Puts a region's counts from disk into memory; `high` only where the region is wide.
-    pub(crate) fn load(&mut self, region: u64, low: Option<&Halves>, high: Option<&Halves>) -> Result<()> {
+    pub(crate) fn load(
+        &mut self,
+        region: u64,
+        low: Option<&Halves>,
+        high: Option<&Halves>,
+    ) -> Result<()> {
         let (blocks, journal) = (self.blocks, self.journal);
         let index = usize::try_from(region).ok();
         match index.and_then(|index| self.regions.get_mut(index)) {
@@ -329,21 +351,32 @@ impl SpaceMap {
         let mut frozen = FrozenSpace::default();
         let mut pages = BTreeSet::new();
         for region in std::mem::take(&mut self.dirty) {
-            let Ok(index) = usize::try_from(region) else { continue };
-            frozen.regions.push(self.regions[index].freeze(region, generation));
+            let Ok(index) = usize::try_from(region) else {
+                continue;
+            };
+            frozen
+                .regions
+                .push(self.regions[index].freeze(region, generation));
             pages.insert(region / INDEX_ENTRIES);
         }
         for level in 1..=INDEX_LEVELS {
             for page in std::mem::take(&mut pages) {
-                let place = &mut self.index[usize::from(level) - 1][usize::try_from(page).unwrap_or(usize::MAX)];
+                let place = &mut self.index[usize::from(level) - 1]
+                    [usize::try_from(page).unwrap_or(usize::MAX)];
                 let slot = place.map_or(Slot::A, |(slot, _)| slot.other());
                 *place = Some((slot, generation));
-                frozen.index.push((level, page, slot, self.index_page(level, page)));
+                frozen
+                    .index
+                    .push((level, page, slot, self.index_page(level, page)));
                 pages.insert(page / INDEX_ENTRIES);
             }
             // The pages of the next level; those just inserted belong to it.
         }
-        for (entry, place) in frozen.top.iter_mut().zip(&self.index[usize::from(INDEX_LEVELS) - 1]) {
+        for (entry, place) in frozen
+            .top
+            .iter_mut()
+            .zip(&self.index[usize::from(INDEX_LEVELS) - 1])
+        {
             entry.place = *place;
         }
         frozen
@@ -386,7 +419,6 @@ impl Default for FrozenSpace {
 }
 
 fn place(pba: Pba) -> (u64, usize) {
-    #[expect(clippy::cast_possible_truncation, reason = "the remainder is below 1,984")]
     let offset = (pba.0 % REGION_BLOCKS) as usize;
     (pba.0 / REGION_BLOCKS, offset)
 }

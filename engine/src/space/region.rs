@@ -48,7 +48,9 @@ fn is_usable(region: u64, offset: usize, blocks: u64, journal: Extent) -> bool {
 impl Region {
     /// A region that was never written: all free but what has a fixed use.
     pub(crate) fn virgin(region: u64, blocks: u64, journal: Extent) -> Self {
-        let free = (0..REGION_LEN).filter(|&offset| is_usable(region, offset, blocks, journal)).count() as u64;
+        let free = (0..REGION_LEN)
+            .filter(|&offset| is_usable(region, offset, blocks, journal))
+            .count() as u64;
         Self {
             place: None,
             is_wide: false,
@@ -63,7 +65,9 @@ impl Region {
         let loaded = self.loaded_mut();
         let mut gained = 0;
         for offset in 0..REGION_LEN {
-            if is_usable(region, offset, blocks, journal) && !is_usable(region, offset, before, journal) {
+            if is_usable(region, offset, blocks, journal)
+                && !is_usable(region, offset, before, journal)
+            {
                 Arc::make_mut(&mut loaded.low)[offset] = 0;
                 loaded.taken[offset / 64] &= !(1 << (offset % 64));
                 gained += 1;
@@ -83,7 +87,8 @@ impl Region {
     }
 
     pub(crate) fn place(&self) -> Option<(Slot, Generation, bool)> {
-        self.place.map(|(slot, generation)| (slot, generation, self.is_wide))
+        self.place
+            .map(|(slot, generation)| (slot, generation, self.is_wide))
     }
 
     pub(crate) fn entry(&self) -> IndexEntry {
@@ -100,7 +105,9 @@ impl Region {
             return Ok(());
         }
         if entry.free > REGION_BLOCKS {
-            return Err(Error::corrupt("count index: more free blocks than a region has"));
+            return Err(Error::corrupt(
+                "count index: more free blocks than a region has",
+            ));
         }
         self.place = entry.place;
         self.is_wide = entry.is_wide;
@@ -156,11 +163,17 @@ impl Region {
 
     pub(crate) fn count(&self, offset: usize) -> Option<u32> {
         let loaded = self.loaded.as_ref()?;
-        let high = loaded.high.as_ref().map_or(0, |high| u32::from(high[offset]));
+        let high = loaded
+            .high
+            .as_ref()
+            .map_or(0, |high| u32::from(high[offset]));
         Some(high << 16 | u32::from(loaded.low[offset]))
     }
 
-    #[expect(clippy::expect_used, reason = "callers read the count first, which needs it loaded")]
+    #[expect(
+        clippy::expect_used,
+        reason = "callers read the count first, which needs it loaded"
+    )]
     fn loaded_mut(&mut self) -> &mut Loaded {
         self.loaded.as_mut().expect("the counts are loaded")
     }
@@ -233,7 +246,9 @@ impl Region {
         let end = REGION_LEN.min(from + want);
         while offset < end {
             let taken_from_here = loaded.taken[offset / 64] >> (offset % 64);
-            let zeros = usize::try_from(taken_from_here.trailing_zeros()).unwrap_or(0).min(64 - offset % 64);
+            let zeros = usize::try_from(taken_from_here.trailing_zeros())
+                .unwrap_or(0)
+                .min(64 - offset % 64);
             offset += zeros;
             if zeros == 0 || !offset.is_multiple_of(64) {
                 break;

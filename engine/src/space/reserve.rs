@@ -29,7 +29,11 @@ impl SpaceMap {
                 return Ok(());
             }
             if self.available == 0 {
-                return Err(Error::with(ErrorKind::OutOfSpace, "no space left in the pool, not even in the reserve").into());
+                return Err(Error::with(
+                    ErrorKind::OutOfSpace,
+                    "no space left in the pool, not even in the reserve",
+                )
+                .into());
             }
             let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
             let want = METADATA_RUN.min(self.available);
@@ -40,8 +44,14 @@ impl SpaceMap {
 
     /// A block for a metadata page, with one owner. [`SpaceMap::set_aside`] saw to it that there is one.
     pub(crate) fn take_metadata(&mut self) -> Pba {
-        #[expect(clippy::expect_used, reason = "set_aside comes first; running out is our bug")]
-        let extent = self.metadata.front_mut().expect("metadata blocks are set aside");
+        #[expect(
+            clippy::expect_used,
+            reason = "set_aside comes first; running out is our bug"
+        )]
+        let extent = self
+            .metadata
+            .front_mut()
+            .expect("metadata blocks are set aside");
         let pba = extent.start;
         extent.start = pba.plus(1);
         extent.count -= 1;
@@ -87,7 +97,9 @@ impl SpaceMap {
         let want_len = usize::try_from(want).unwrap_or(usize::MAX);
         let (region, offset) = place(goal);
         if goal.0 > 0
-            && let Some(at_goal) = usize::try_from(region).ok().and_then(|index| self.regions.get(index))
+            && let Some(at_goal) = usize::try_from(region)
+                .ok()
+                .and_then(|index| self.regions.get(index))
             && at_goal.available() > 0
         {
             if !at_goal.is_loaded() {
@@ -113,7 +125,10 @@ impl SpaceMap {
                 }
                 if let Some((offset, length)) = candidate.best_run(want_len) {
                     self.cursor = (region + 1) % regions;
-                    return Ok(Extent::new(Pba(region * REGION_BLOCKS + offset as u64), length as u64));
+                    return Ok(Extent::new(
+                        Pba(region * REGION_BLOCKS + offset as u64),
+                        length as u64,
+                    ));
                 }
             }
         }
