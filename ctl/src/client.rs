@@ -3,7 +3,7 @@
 //! Which of the two it is can change at any moment, so a request that found neither a daemon nor a free lock looks again.
 
 use crate::devices::Devices;
-use crate::exit_code::from_code;
+use crate::exit_code::{about, from_code};
 use crate::host::{Host, Progress, Role};
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, PoolEntry, Registry, Runtime};
@@ -294,7 +294,14 @@ pub(crate) fn open(
         clock: Arc::new(SystemClock::new()),
     };
     let device = FileDevice::new(file);
-    let pool = block_on(Pool::open(&device, options))?;
+    let opened = block_on(Pool::open(&device, options));
+    let pool = opened.map_err(|e| match about(&entry.path, &e) {
+        // Where a pool is known to live, nothing is damage.
+        e if e.kind() == ErrorKind::NotFound => {
+            Error::corrupt(format!("{e}, but pool {} lived there", entry.name))
+        }
+        e => e,
+    })?;
     let (name, id) = (pool.name(), pool.id().to_string());
     if name != entry.name || (id != entry.id) {
         return Err(Error::with(

@@ -3,11 +3,12 @@
 
 use blockfork::error::{Error, ErrorKind};
 use std::error::Error as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Everything went well.
 pub(crate) const OK: u8 = 0;
-/// A check found leaked blocks and no damage.
+/// It did not go well.
 pub(crate) const FAILED: u8 = 1;
 /// The command line cannot be understood.
 pub(crate) const USAGE: u8 = 2;
@@ -22,6 +23,17 @@ pub(crate) fn one_line(error: &Error) -> String {
         cause = source.source();
     }
     printable(&text)
+}
+
+/// The error with its subject, where the engine knows only the bytes: `PATH: FACT`.
+pub(crate) fn about(path: &Path, error: &Error) -> Error {
+    let (shown, line) = (path.display().to_string(), one_line(error));
+    let line = if line.contains(&shown) {
+        line
+    } else {
+        format!("{shown}: {line}")
+    };
+    Error::with(error.kind(), line)
 }
 
 /// The text with control characters escaped.

@@ -4,7 +4,7 @@ use super::{change, unexpected};
 use crate::cli::PoolCommand;
 use crate::client;
 use crate::devices::Devices;
-use crate::exit_code::{OK, one_line, printable};
+use crate::exit_code::{OK, about, one_line, printable};
 use crate::output::{self, Align, Format, Table};
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request, Status};
@@ -245,7 +245,8 @@ fn import(path: &Path) -> Result<()> {
     }
     let file = open_for_reading(path)?;
     let blocks = file.blocks();
-    let label = block_on(Pool::label(&FileDevice::new(Arc::new(file)), blocks))?;
+    let label = block_on(Pool::label(&FileDevice::new(Arc::new(file)), blocks))
+        .map_err(|e| about(path, &e))?;
     if registry.has(&label.name) {
         return Err(Error::with(
             ErrorKind::AlreadyExists,
@@ -468,7 +469,7 @@ fn check_path(path: &Path) -> Result<CheckReport> {
     };
     let device = FileDevice::new(file);
     let bar = Bar::new("checking");
-    let pool = block_on(Pool::open(&device, options))?;
+    let pool = block_on(Pool::open(&device, options)).map_err(|e| about(path, &e))?;
     block_on(pool.check(&device, &mut |done, total| bar.show(done, total)))
 }
 
@@ -550,6 +551,11 @@ fn wipe(entry: &PoolEntry, file: PoolFile) -> Result<()> {
             ));
         }
         Ok(_) => {}
+        // Whatever is there now is not this pool, and not ours to overwrite.
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            output::say(&one_line(&about(&entry.path, &e)));
+            return Ok(());
+        }
         // A damaged pool is destroyed like a whole one.
         Err(e) if e.kind() == ErrorKind::Corrupt => output::say(&one_line(&e)),
         Err(e) => return Err(e),

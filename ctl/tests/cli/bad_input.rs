@@ -1,6 +1,6 @@
 //! Bad input: one clear line, the documented exit code, and a pool that is as it was.
 
-use crate::kit::{Machine, flip, one_line, said};
+use crate::kit::{Machine, SUPERBLOCKS, flip, one_line, restate, said};
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -199,9 +199,9 @@ fn what_is_no_pool_is_not_imported() {
     let shown = path.display().to_string();
     fs::write(&path, "not a pool\n".repeat(2_000_000)).unwrap();
     let before = fs::read(&path).unwrap();
-    let line = machine.refused(4, &["pool", "import", &shown]);
-    assert!(line.contains(&shown), "{line}");
-    machine.refused(4, &["pool", "check", &shown]);
+    let line = machine.refused(1, &["pool", "import", &shown]);
+    assert!(line.contains(&format!("{shown}: no pool here")), "{line}");
+    machine.refused(1, &["pool", "check", &shown]);
     let line = machine.refused(1, &["pool", "create", "p0", &shown]);
     assert!(line.contains("holds data"), "{line}");
     assert!(before == fs::read(&path).unwrap());
@@ -247,13 +247,13 @@ fn one_damaged_superblock_is_reported_and_two_are_corrupt() {
     let machine = Machine::with_pool();
     machine.ok(&["create", "p0/v", "--size", "1M"]);
     let path = machine.path("p0.pool");
-    flip(&path, 40);
+    flip(&path, SUPERBLOCKS[0] + 40);
     assert_ne!(
         machine.json(&["pool", "status", "p0", "--json"])["warnings"],
         serde_json::json!([])
     );
     assert_eq!(machine.names(), ["p0/v"]);
-    flip(&path, 8 * 4096 + 40);
+    flip(&path, SUPERBLOCKS[1] + 40);
     machine.refused_untouched(4, &["pool", "status", "p0"]);
     machine.refused_untouched(4, &["create", "p0/w", "--size", "1M"]);
     machine.refused_untouched(4, &["pool", "check", "p0"]);
@@ -262,15 +262,28 @@ fn one_damaged_superblock_is_reported_and_two_are_corrupt() {
 #[test]
 fn a_pool_of_a_newer_version_is_refused_by_name() {
     let machine = Machine::with_pool();
-    let file = File::options()
-        .write(true)
-        .open(machine.pool_path())
-        .unwrap();
-    for copy in [0, 8 * 4096] {
-        file.write_all_at(&99_u32.to_le_bytes(), copy + 8).unwrap();
+    let path = machine.path("p0.pool");
+    let bytes = machine.pool_bytes();
+    // The version, then each word of features that must be known.
+    for (at, value, word) in [
+        (8, 99, "version 99"),
+        (16, 1 << 5, "bit 5"),
+        (24, 1 << 6, "bit 6"),
+    ] {
+        fs::write(&path, &bytes).unwrap();
+        restate(&path, at, &u32::to_le_bytes(value));
+        for words in [
+            &["pool", "status", "p0"][..],
+            &["create", "p0/v", "--size", "1M"],
+            &["pool", "check", "p0"],
+        ] {
+            let line = machine.refused_untouched(1, words);
+            assert!(
+                line.contains(word) && line.contains(&machine.pool_path()),
+                "{line}"
+            );
+        }
     }
-    let line = machine.refused_untouched(1, &["pool", "status", "p0"]);
-    assert!(line.contains("99"), "{line}");
 }
 
 #[test]

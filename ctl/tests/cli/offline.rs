@@ -34,7 +34,7 @@ fn a_pool_lives_and_dies() {
     assert!(said.starts_with("would destroy pool p0"), "{said}");
     machine.ok(&["pool", "destroy", "p0", "--force"]);
     assert!(Path::new(&machine.pool_path()).exists());
-    machine.refused(4, &["pool", "import", &machine.pool_path()]);
+    machine.refused(1, &["pool", "import", &machine.pool_path()]);
     machine.refused(1, &["pool", "status", "p0"]);
 }
 
