@@ -2,4 +2,5 @@
 
 pub mod guest;
 pub mod model;
+pub mod scheduler;
 pub mod sim_device;
