@@ -103,7 +103,7 @@ fn command(machine: &Machine<'_>) -> Command {
         "-serial",
         "mon:stdio",
         "-append",
-        "console=ttyS0 quiet panic=-1 random.trust_cpu=on",
+        "console=ttyS0 quiet loglevel=3 panic=-1 random.trust_cpu=on",
     ]);
     command
         .arg("-kernel")
