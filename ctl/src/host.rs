@@ -10,11 +10,11 @@ use blockfork::device::FileDevice;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::Pool;
-use blockfork::ublk;
+use blockfork::ublk::{self, Holder};
 use blockfork::units::BLOCK_BYTES;
 use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -234,16 +234,13 @@ impl Host {
     fn refuse_held<'a>(&self, slots: impl Iterator<Item = &'a Slot>, action: &str) -> Result<()> {
         let mut held = Vec::new();
         for slot in slots {
-            let holders: Vec<String> = ublk::holders(slot.entry.state.dev_id)
-                .iter()
-                .map(ToString::to_string)
-                .collect();
+            let holders = ublk::holders(slot.entry.state.dev_id);
+            let holders: Vec<String> = holders.iter().map(said_of).collect();
             if !holders.is_empty() {
+                let (path, node) = (&slot.entry.path, slot.entry.node());
                 held.push(format!(
-                    "{}/{} ({}) is in use by {}",
+                    "{}/{path}: {node} is {}",
                     self.name,
-                    slot.entry.path,
-                    slot.entry.node(),
                     holders.join(", ")
                 ));
             }
@@ -254,7 +251,7 @@ impl Host {
         Err(Error::with(
             ErrorKind::Busy,
             format!(
-                "cannot {action}: {}; unmount or close it first",
+                "{}; cannot {action} it, unmount or close it first",
                 held.join("; ")
             ),
         ))
@@ -541,6 +538,21 @@ impl Host {
                 self.name
             ),
         ))
+    }
+}
+
+/// Who holds a device. This process has mounts of its own, so every mount is seen by another; that is worth saying only
+/// where it is not in the machine's own namespace, where everybody looks first.
+fn said_of(holder: &Holder) -> String {
+    let mounts_of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    match holder {
+        Holder::Mount {
+            at,
+            seen_by: Some(process),
+        } if mounts_of(process.pid) == mounts_of(1) => format!("mounted on {at}"),
+        Holder::Mount { .. } | Holder::Swap | Holder::Device { .. } | Holder::Process(_) => {
+            holder.to_string()
+        }
     }
 }
 
