@@ -279,7 +279,7 @@ pub(crate) struct Attach {
 /// Options of `detach`.
 #[derive(Debug, Args)]
 pub(crate) struct Detach {
-    /// POOL/VOLUME[@SNAPSHOT] or /dev/ublkbN; with --all, pools
+    /// POOL/VOLUME, POOL/VOLUME@SNAPSHOT or /dev/ublkbN; with --all, pools
     #[arg(value_name = "TARGET", required_unless_present = "all")]
     pub(crate) targets: Vec<String>,
     /// All devices, of the pools named or of every pool
