@@ -1,5 +1,6 @@
 //! The shared kit of the suites.
 
+pub mod fixture;
 pub mod guest;
 pub mod model;
 pub mod scheduler;

@@ -232,12 +232,18 @@ impl Pair {
             return false;
         };
         let blocks = self.volumes[&volume].blocks;
-        let (start, count) = self.pick_range(blocks, 20);
+        // Now and then whole leaves, which go in one piece where they are shared.
+        let takes_leaves = blocks >= 1024 && self.rng.u8(..20) == 0;
+        let (start, count) = if takes_leaves {
+            (0, 512 * (1 + self.rng.u64(..2)))
+        } else {
+            self.pick_range(blocks, 20)
+        };
         let attached = self.attached(&volume);
         let content = self.volumes.get_mut(&volume).unwrap();
         let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
         let (offset, bytes) = (start * 4096, count * 4096);
-        let kind = self.rng.u8(..10);
+        let kind = if takes_leaves { 8 } else { self.rng.u8(..10) };
         let result = if kind < 7 {
             for block in buffer.chunks_exact_mut(4096) {
                 fill(block, self.next_stamp);

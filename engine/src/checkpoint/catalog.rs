@@ -1,24 +1,10 @@
 //! The catalog's pages: which stand where, and which a checkpoint writes anew.
 
-use crate::format::catalog::{CATALOG_INDEX_ENTRIES, SLOTS_PER_PAGE, encode_index, encode_page};
+use crate::format::catalog::{CATALOG_INDEX_ENTRIES, encode_index, encode_page, level_sizes};
 use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
 use crate::metadata::Metadata;
 use crate::space::Fault;
 use std::collections::BTreeSet;
-
-/// How many pages each level of the catalog has, from the pages with the slots to the single top one.
-pub(super) fn level_sizes(slots: usize) -> Vec<usize> {
-    let mut sizes = Vec::new();
-    let mut pages = slots.div_ceil(SLOTS_PER_PAGE);
-    while pages > 0 {
-        sizes.push(pages);
-        if pages == 1 {
-            break;
-        }
-        pages = pages.div_ceil(CATALOG_INDEX_ENTRIES);
-    }
-    sizes
-}
 
 /// The pages of a level, as a header names them.
 pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageIdentity {
@@ -66,7 +52,7 @@ pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)
         metadata.space.referenced(ptr.pba)?;
     }
     let count: usize = dirty.iter().map(BTreeSet::len).sum();
-    metadata.space.set_aside(count as u64)?;
+    metadata.space.set_aside_last(count as u64)?;
 
     // From here on nothing can be missing.
     metadata.catalog.take_dirty_pages();

@@ -1,9 +1,9 @@
 //! Loading a checkpoint: the count tree's index and the catalog. Counts and map pages come later, on first use.
 
-use super::catalog::{identity, level_sizes};
+use super::catalog::identity;
 use crate::device::{BlockBuf, Device};
 use crate::error::{Error, Result};
-use crate::format::catalog::{decode_index, decode_page};
+use crate::format::catalog::{decode_index, decode_page, level_sizes};
 use crate::format::counts;
 use crate::format::layout::{INDEX_LEVELS, index_slot};
 use crate::format::page::{PageIdentity, PageKind, PagePtr};
@@ -56,6 +56,7 @@ async fn load_catalog<D: Device>(
     metadata: &mut Metadata,
 ) -> Result<()> {
     let mut buffer = BlockBuf::zeroed(1);
+    let bounds = metadata.space.bounds();
     let slots = usize::try_from(superblock.catalog_slots).unwrap_or(usize::MAX);
     let sizes = level_sizes(slots);
     let is_consistent = sizes.len().saturating_sub(1) == usize::from(superblock.catalog_level)
@@ -72,11 +73,7 @@ async fn load_catalog<D: Device>(
         for ptr in places.last().into_iter().flatten() {
             let ptr = ptr.ok_or_else(lost)?;
             let page = read_page(device, ptr.pba, &mut buffer).await?;
-            below.extend(decode_index(
-                &page,
-                identity(metadata, level, ptr),
-                superblock.blocks,
-            )?);
+            below.extend(decode_index(&page, identity(metadata, level, ptr), bounds)?);
         }
         below.truncate(sizes[level - 1]);
         places.push(below);
@@ -87,7 +84,7 @@ async fn load_catalog<D: Device>(
     for ptr in places.first().into_iter().flatten() {
         let ptr = ptr.ok_or_else(lost)?;
         let page = read_page(device, ptr.pba, &mut buffer).await?;
-        for entry in decode_page(&page, identity(metadata, 0, ptr), superblock.blocks)? {
+        for entry in decode_page(&page, identity(metadata, 0, ptr), bounds)? {
             let is_young = |ptr: PagePtr| ptr.generation > superblock.generation;
             if entry
                 .as_ref()

@@ -65,16 +65,17 @@ pub(crate) async fn read_superblocks<D: Device>(device: &D, device_blocks: u64) 
     })
 }
 
-/// Writes both copies, one after the other, each durable before the next step.
+/// Writes both copies, one after the other, each made durable by `flush` before the next step.
 pub(crate) async fn write_superblocks<D: Device>(
     device: &D,
     superblock: &Superblock,
+    flush: impl AsyncFn() -> Result<()>,
 ) -> Result<()> {
     let mut buffer = BlockBuf::zeroed(1);
     for place in SUPERBLOCKS {
         buffer.copy_from_slice(&superblock.encode(place));
         device.write(place.offset(), &buffer).await?;
-        device.flush().await?;
+        flush().await?;
     }
     Ok(())
 }

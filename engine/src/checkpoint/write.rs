@@ -85,7 +85,7 @@ impl Checkpoints {
     ) -> Result<()> {
         let mut current = self.current.lock().await;
         change(&mut current);
-        write_superblocks(device, &current).await
+        write_superblocks(device, &current, async || device.flush().await).await
     }
 
     /// Writes a checkpoint of everything applied before the call.
@@ -113,14 +113,16 @@ impl Checkpoints {
             }
         };
         // The data that the frozen maps name, before anything durable names it.
-        ledger.poison_on(device.flush().await)?;
+        ledger.flush_device(device).await?;
         let fits = ledger.write_if_fits(device, &mut commit, &batch).await?;
         let (cut, chain) = (commit.tail.next, commit.tail.chain);
         // Where the journal has no room for what the checkpoint covers, nobody may append behind the gap.
         let held = (!fits).then_some(commit);
+        // Whoever looked something up before the freeze may still use what was released before it.
+        closing.drained().await;
 
         ledger.poison_on(write_pages(device, ledger.pool, &frozen).await)?;
-        ledger.poison_on(device.flush().await)?;
+        ledger.flush_device(device).await?;
         let mut next = current.clone();
         next.generation = frozen.generation;
         next.blocks = frozen.blocks;
@@ -134,7 +136,8 @@ impl Checkpoints {
         next.catalog_slots = frozen.catalog_slots;
         next.counts = frozen.space.top;
         restate(&mut next);
-        ledger.poison_on(write_superblocks(device, &next).await)?;
+        let flush = async || ledger.flush_device(device).await;
+        ledger.poison_on(write_superblocks(device, &next, flush).await)?;
         *current = next;
 
         self.durable.store(frozen.generation.0, Ordering::Release);
@@ -145,7 +148,6 @@ impl Checkpoints {
         };
         commit.tail.oldest = cut;
         drop(commit);
-        closing.drained().await;
         discard(device, &frozen.pending).await;
         ledger.adjust(|metadata| metadata.space.reuse(&frozen.pending));
         self.written.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,8 @@
 //! The catalog: one slot of 256 bytes for each volume, each snapshot and each tree that is being reclaimed.
 
 use super::bytes::{Reader, Writer};
-use super::map_page::LEVEL_MAX;
+use super::layout::Bounds;
+use super::map_page::{LEVEL_MAX, span_blocks};
 use super::page::{BODY_BYTES, PageBytes, PageIdentity, PagePtr, body_mut, seal, verify};
 use crate::error::{Error, Result};
 use crate::limits::{NAME_BYTES_MAX, VOLUME_BYTES_MAX};
@@ -16,6 +17,20 @@ const SLOT_BYTES: usize = 256;
 const _: () = assert!(SLOTS_PER_PAGE * SLOT_BYTES <= BODY_BYTES);
 const _: () = assert!(CATALOG_INDEX_ENTRIES * 16 <= BODY_BYTES);
 const _: () = assert!(NAME_BYTES_MAX <= SLOT_BYTES - 97);
+
+/// How many pages each level of the catalog has, from the pages with the slots to the single top one.
+pub(crate) fn level_sizes(slots: usize) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    let mut pages = slots.div_ceil(SLOTS_PER_PAGE);
+    while pages > 0 {
+        sizes.push(pages);
+        if pages == 1 {
+            break;
+        }
+        pages = pages.div_ceil(CATALOG_INDEX_ENTRIES);
+    }
+    sizes
+}
 
 /// The root of a map: its page, none while nothing is mapped, and the level that the page has or would have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -81,7 +96,7 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
     writer.bytes(&slot);
 }
 
-fn decode_slot(reader: &mut Reader<'_>, pool_blocks: u64) -> Result<Option<CatalogEntry>> {
+fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<CatalogEntry>> {
     let mut slot = Reader::new(reader.bytes(SLOT_BYTES)?);
     let damaged = |fact: &str| Error::corrupt(format!("catalog page: {fact}"));
     let code = slot.u8()?;
@@ -100,15 +115,21 @@ fn decode_slot(reader: &mut Reader<'_>, pool_blocks: u64) -> Result<Option<Catal
     }
     let id = VolumeId(slot.u64()?);
     let other = slot.u64()?;
+    if id.0 >> 62 != 0 || (code == 3 && other >= span_blocks(level)) {
+        return Err(damaged("a number that cannot be"));
+    }
     let (pba, generation) = (Pba(slot.u64()?), Generation(slot.u64()?));
-    if pba.0 >= pool_blocks || generation.0 >> 48 != 0 {
-        return Err(damaged("a map that begins beyond the pool"));
+    if (pba.0 != 0 && !bounds.contain(pba)) || generation.0 >> 48 != 0 {
+        return Err(damaged("a map that begins where none can"));
     }
     let bytes = slot.u64()?;
-    if bytes > VOLUME_BYTES_MAX {
-        return Err(damaged("a volume larger than volumes can be"));
+    if bytes == 0 || bytes > VOLUME_BYTES_MAX {
+        return Err(damaged("a size that volumes cannot have"));
     }
     let mapped_blocks = slot.u64()?;
+    if mapped_blocks > span_blocks(level) {
+        return Err(damaged("more blocks than its map spans"));
+    }
     let created = Timestamp(slot.u64()?);
     let name = std::str::from_utf8(slot.bytes(name_len)?);
     let name = || {
@@ -161,11 +182,11 @@ pub(crate) fn encode_page<'a>(
 pub(crate) fn decode_page(
     page: &PageBytes,
     identity: PageIdentity,
-    pool_blocks: u64,
+    bounds: Bounds,
 ) -> Result<Vec<Option<CatalogEntry>>> {
     let mut reader = verify(page, identity)?;
     (0..SLOTS_PER_PAGE)
-        .map(|_| decode_slot(&mut reader, pool_blocks).map_err(|e| e.at_pba(identity.ptr.pba)))
+        .map(|_| decode_slot(&mut reader, bounds).map_err(|e| e.at_pba(identity.ptr.pba)))
         .collect()
 }
 
@@ -190,13 +211,13 @@ pub(crate) fn encode_index(children: &[Option<PagePtr>], identity: PageIdentity)
 pub(crate) fn decode_index(
     page: &PageBytes,
     identity: PageIdentity,
-    pool_blocks: u64,
+    bounds: Bounds,
 ) -> Result<Vec<Option<PagePtr>>> {
     let mut reader = verify(page, identity)?;
     let mut children = Vec::with_capacity(CATALOG_INDEX_ENTRIES);
     for _ in 0..CATALOG_INDEX_ENTRIES {
         let (pba, generation) = (Pba(reader.u64()?), Generation(reader.u64()?));
-        if pba.0 >= pool_blocks || generation > identity.ptr.generation {
+        if (pba.0 != 0 && !bounds.contain(pba)) || generation > identity.ptr.generation {
             return Err(
                 Error::corrupt("catalog index page: a pointer that cannot be")
                     .at_pba(identity.ptr.pba),

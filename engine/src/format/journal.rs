@@ -50,12 +50,12 @@ pub(crate) fn split_framed(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
 }
 
 /// The record in a frame.
-pub(crate) fn decode_framed(framed: &[u8], pool_blocks: u64) -> Result<Framed> {
+pub(crate) fn decode_framed(framed: &[u8]) -> Result<Framed> {
     let mut reader = Reader::new(framed);
     reader.u16()?;
     let continues = reader.u8()? != 0;
     Ok(Framed {
-        record: Record::decode(reader.bytes(reader.remaining())?, pool_blocks)?,
+        record: Record::decode(reader.bytes(reader.remaining())?)?,
         continues,
     })
 }
@@ -70,6 +70,10 @@ pub(crate) struct BlockHeader {
     pub(crate) chain: u32,
     /// The number of its first record.
     pub(crate) first_seq: Seq,
+    /// The number of the first block of the commit that wrote it. Everything before that was flushed by then.
+    pub(crate) batch: u64,
+    /// The opening of the pool that wrote it, so that no two openings write the same block.
+    pub(crate) session: u64,
 }
 
 /// Cuts framed records into blocks: whole records, as many as fit.
@@ -100,7 +104,9 @@ pub(crate) fn encode_blocks(
         writer.u64(header.first_seq.0);
         writer.u32(header.chain);
         writer.u16(u16::try_from(taken).unwrap_or(u16::MAX));
-        writer.bytes(&[0; HEADER_BYTES - 46]);
+        writer.u16(0);
+        writer.u64(header.batch);
+        writer.u64(header.session);
         writer.bytes(framed.get(..taken).unwrap_or_default());
         let crc = crc_of(&block);
         if let Some(field) = block.get_mut(CRC_AT) {
@@ -137,6 +143,19 @@ pub(crate) fn decode_block(
     Ok(Some((reader.bytes(length)?, crc)))
 }
 
+/// For any block: its number and its commit's first, if it is a whole journal block of the pool.
+pub(crate) fn decode_number(block: &[u8; BLOCK_LEN], pool: PoolId) -> Result<Option<(u64, u64)>> {
+    let mut reader = Reader::new(block);
+    let is_ours =
+        reader.u32()? == MAGIC && reader.u32()? == crc_of(block) && reader.array()? == pool.0;
+    if !is_ours {
+        return Ok(None);
+    }
+    let number = reader.u64()?;
+    reader.bytes(16)?;
+    Ok(Some((number, reader.u64()?)))
+}
+
 fn crc_of(block: &[u8; BLOCK_LEN]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(block.get(..CRC_AT.start).unwrap_or_default());
@@ -151,8 +170,7 @@ mod tests {
     use crate::units::{Lba, Pba, Timestamp, VolumeId};
 
     fn records() -> Vec<Record> {
-        let name: crate::name::Name = "x".repeat(NAME).parse().unwrap();
-        const NAME: usize = crate::limits::NAME_BYTES_MAX;
+        let name: crate::name::Name = "x".repeat(crate::limits::NAME_BYTES_MAX).parse().unwrap();
         let (a, b, c) = (VolumeId(1), VolumeId(2), VolumeId(3));
         let created = Timestamp(7);
         vec![
@@ -216,6 +234,8 @@ mod tests {
             number: 40,
             chain: 5,
             first_seq: Seq(100),
+            batch: 0,
+            session: 1,
         };
         let (blocks, last) = encode_blocks(&framed, header).unwrap();
         assert!(blocks.len() > 1);
@@ -226,7 +246,7 @@ mod tests {
                 .expect("the next block");
             while !rest.is_empty() {
                 let (one, after) = split_framed(rest).unwrap();
-                found.push(decode_framed(one, 1 << 30).unwrap());
+                found.push(decode_framed(one).unwrap());
                 header.first_seq = header.first_seq.next();
                 rest = after;
             }
@@ -246,6 +266,8 @@ mod tests {
             number: 4,
             chain: 5,
             first_seq: Seq(1),
+            batch: 0,
+            session: 1,
         };
         let (blocks, _) = encode_blocks(&framed, header).unwrap();
         for other in [
@@ -285,11 +307,11 @@ mod tests {
             };
             for length in 0..fixed {
                 assert!(
-                    Record::decode(&bytes[..length], 1 << 30).is_err(),
+                    Record::decode(&bytes[..length]).is_err(),
                     "{record:?} cut to {length}"
                 );
             }
         }
-        assert!(Record::decode(&[200], 1 << 30).is_err());
+        assert!(Record::decode(&[200]).is_err());
     }
 }

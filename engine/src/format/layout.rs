@@ -105,6 +105,29 @@ pub(crate) fn is_fixed(pba: Pba, journal: Extent) -> bool {
         || (journal.start..journal.end()).contains(&pba)
 }
 
+/// Whether a region has blocks that no allocation may take: fixed ones, or such beyond the pool's end.
+pub(crate) fn has_fixed(region: u64, pool_blocks: u64, journal: Extent) -> bool {
+    let start = region * REGION_BLOCKS;
+    let end = start + REGION_BLOCKS;
+    region.is_multiple_of(INDEX_ENTRIES)
+        || end > pool_blocks
+        || (journal.start.0 < end && start < journal.end().0)
+}
+
+/// What a pointer may name: blocks of the pool that have no fixed use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    pub(crate) blocks: u64,
+    pub(crate) journal: Extent,
+}
+
+impl Bounds {
+    /// Whether a pointer read from the device may name this block.
+    pub(crate) fn contain(self, pba: Pba) -> bool {
+        pba.0 < self.blocks && !is_fixed(pba, self.journal)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,7 @@
 //! A page of a volume's map: a leaf of 512 mapped blocks, or an inner page of 256 pointers to pages.
 //! A leaf spans 2 MiB, an inner page of level 1 512 MiB, of level 2 128 GiB, of level 3 32 TiB, of level 4 8 PiB.
 
+use super::layout::Bounds;
 use super::page::{BODY_BYTES, PageBytes, PageIdentity, PagePtr, body_mut, seal, verify};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_LEN, Generation, Pba};
@@ -66,7 +67,7 @@ pub(crate) fn encode(node: &Node, mapped: u64, identity: PageIdentity) -> PageBy
 pub(crate) fn decode(
     page: &PageBytes,
     identity: PageIdentity,
-    pool_blocks: u64,
+    bounds: Bounds,
 ) -> Result<(u64, Node)> {
     let mut reader = verify(page, identity)?;
     let mapped = reader.u64()?;
@@ -74,12 +75,12 @@ pub(crate) fn decode(
         return Err(Error::corrupt("map page: maps more than it spans").at_pba(identity.ptr.pba));
     }
     let outside =
-        || Error::corrupt("map page: names a block beyond the pool").at_pba(identity.ptr.pba);
+        || Error::corrupt("map page: names a block that it cannot have").at_pba(identity.ptr.pba);
     if identity.level == 0 {
         let mut entries = Box::new([Pba(0); LEAF_ENTRIES]);
         for entry in entries.iter_mut() {
             *entry = Pba(reader.u48()?);
-            if entry.0 >= pool_blocks {
+            if entry.0 != 0 && !bounds.contain(*entry) {
                 return Err(outside());
             }
         }
@@ -94,7 +95,7 @@ pub(crate) fn decode(
     let mut children = Box::new([None; INNER_ENTRIES]);
     for child in children.iter_mut() {
         let (pba, generation) = (Pba(reader.u48()?), Generation(reader.u48()?));
-        if pba.0 >= pool_blocks {
+        if pba.0 != 0 && !bounds.contain(pba) {
             return Err(outside());
         }
         // A child is never younger than its parent: whoever changes a page changes every page above it.

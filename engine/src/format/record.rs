@@ -2,8 +2,12 @@
 //! that checkpoint gives the state again; pages and counts follow from them.
 
 use super::bytes::{Reader, Writer};
+use super::layout::usable_blocks;
+use super::map_page::LEAF_ENTRIES;
 use crate::error::{Error, Result};
-use crate::limits::{NAME_BYTES_MAX, RECORD_BLOCKS_MAX, VOLUME_BYTES_MAX};
+use crate::limits::{
+    NAME_BYTES_MAX, POOL_BLOCKS_MAX, POOL_BLOCKS_MIN, RECORD_BLOCKS_MAX, VOLUME_BYTES_MAX,
+};
 use crate::name::Name;
 use crate::units::{BLOCK_BYTES, Lba, Pba, Timestamp, VolumeId};
 
@@ -59,8 +63,14 @@ pub(crate) enum Record {
     Remove { id: VolumeId },
     /// A volume or snapshot gets another name.
     Rename { id: VolumeId, name: Name },
+    /// The pool has so many blocks from here on.
+    Grow { blocks: u64 },
     /// A volume gets another size; blocks beyond a smaller one are unmapped already.
     Resize { id: VolumeId, bytes: u64 },
+}
+
+fn is_id(id: VolumeId) -> bool {
+    id.0 > 0 && id.0 >> 62 == 0
 }
 
 impl Record {
@@ -158,13 +168,51 @@ impl Record {
                 writer.u64(*bytes);
                 17
             }
+            Self::Grow { blocks } => {
+                writer.u8(10);
+                writer.u64(*blocks);
+                9
+            }
         };
         out.extend(bytes.get(..fixed).unwrap_or_default());
         out.extend(trailer.as_bytes());
     }
 
+    /// Whether its numbers and sizes can be, so that what it makes can be written and read back.
+    fn is_plausible(&self) -> bool {
+        let is_size = |bytes: u64| bytes > 0 && bytes <= VOLUME_BYTES_MAX;
+        match self {
+            Self::Map { volume: id, .. }
+            | Self::Unmap { volume: id, .. }
+            | Self::Remove { id }
+            | Self::Rename { id, .. } => is_id(*id),
+            Self::Create {
+                id,
+                bytes,
+                sector_bytes,
+                ..
+            } => is_id(*id) && is_size(*bytes) && matches!(sector_bytes, 512 | 4096),
+            Self::Snapshot {
+                volume: from, id, ..
+            }
+            | Self::Clone {
+                snapshot: from, id, ..
+            } => is_id(*from) && is_id(*id),
+            Self::Rollback {
+                volume,
+                snapshot,
+                reclaim,
+            } => is_id(*volume) && is_id(*snapshot) && is_id(*reclaim),
+            Self::Resize { id, bytes } => is_id(*id) && is_size(*bytes),
+            Self::Grow { blocks } => {
+                (POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(blocks)
+                    && usable_blocks(*blocks) == *blocks
+            }
+        }
+    }
+
     /// The record that `bytes` holds, no more and no less.
-    pub(crate) fn decode(bytes: &[u8], pool_blocks: u64) -> Result<Self> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes);
         let damaged = |fact: &str| Error::corrupt(format!("journal record: {fact}"));
         let name = |reader: &mut Reader<'_>| -> Result<Name> {
@@ -190,8 +238,11 @@ impl Record {
                     Pba(reader.u48()?),
                 );
                 let count = run(lba, reader.u48()?)?;
-                if pba.0 == 0 || pba.0 + count > pool_blocks {
-                    return Err(damaged("blocks beyond the pool"));
+                if pba.0 == 0 || pba.0 + count > POOL_BLOCKS_MAX {
+                    return Err(damaged("blocks beyond any pool"));
+                }
+                if lba.0 % LEAF_ENTRIES as u64 + count > LEAF_ENTRIES as u64 {
+                    return Err(damaged("blocks of more than one leaf"));
                 }
                 Self::Map {
                     volume,
@@ -241,8 +292,14 @@ impl Record {
                 id: VolumeId(reader.u64()?),
                 bytes: reader.u64()?,
             },
+            10 => Self::Grow {
+                blocks: reader.u64()?,
+            },
             _ => return Err(damaged("an unknown kind")),
         };
+        if !record.is_plausible() {
+            return Err(damaged("a field that cannot be"));
+        }
         if reader.remaining() > 0 {
             return Err(damaged("bytes after its last field"));
         }

@@ -19,6 +19,8 @@ pub(crate) struct Tail {
     pub(crate) chain: u32,
     /// The oldest block that the last checkpoint does not cover.
     pub(crate) oldest: u64,
+    /// The opening of the pool that writes.
+    pub(crate) session: u64,
 }
 
 /// What the commit lock guards.
@@ -106,10 +108,10 @@ impl Ledger {
             }
             state.take_pending()
         };
-        self.poison_on(device.flush().await)?;
+        self.flush_device(device).await?;
         if !batch.framed.is_empty() {
             self.write_batch(device, &mut commit, &batch).await?;
-            self.poison_on(device.flush().await)?;
+            self.flush_device(device).await?;
             self.set_durable(batch.end);
         }
         commit.covered = covers;
@@ -163,6 +165,8 @@ impl Ledger {
             number: tail.next,
             chain: tail.chain,
             first_seq: batch.first,
+            batch: tail.next,
+            session: tail.session,
         };
         let (blocks, chain) = self.poison_on(encode_blocks(&batch.framed, header))?;
         let mut rest = blocks.as_slice();

@@ -20,15 +20,15 @@ use crate::device::{BlockBuf, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::counts::decode_counts;
 use crate::format::journal::encode_framed;
-use crate::format::layout::region_slot;
+use crate::format::layout::{Bounds, region_slot};
 use crate::format::map_page;
 use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
 use crate::format::record::Record;
 use crate::limits::JOURNAL_PENDING_BYTES_MAX;
-use crate::map::MapPage;
+use crate::map::{MapPage, ReclaimStep};
 use crate::metadata::{Metadata, Prepared};
 use crate::space::{Fault, Missing};
-use crate::units::{Generation, Pba, PoolId, Seq};
+use crate::units::{Generation, Pba, PoolId, Seq, VolumeId};
 use commit::Commit;
 use parking_lot::RwLock;
 use std::sync::Arc;
@@ -41,6 +41,7 @@ pub(crate) struct Ledger {
     /// Who uses blocks that were looked up.
     pub(crate) gate: Gate,
     commit: async_lock::Mutex<Commit>,
+    flushing: async_lock::Mutex<()>,
     /// Commits asked for; one that begins after a request covers it.
     asked: AtomicU64,
     committed: AtomicU64,
@@ -73,6 +74,12 @@ impl Draft<'_> {
     /// The metadata, to look at and to reserve space in.
     pub(crate) fn metadata(&mut self) -> &mut Metadata {
         &mut self.state.metadata
+    }
+
+    /// Returns a step's worth of a removed tree's space. It is not in the journal: after a crash it is done again.
+    pub(crate) fn reclaim(&mut self, id: VolumeId) -> Result<ReclaimStep, Fault> {
+        let last = Seq(self.state.next_seq.0.saturating_sub(1));
+        self.state.metadata.reclaim(id, last)
     }
 
     /// Applies one record and appends it.
@@ -133,6 +140,7 @@ impl Ledger {
             }),
             gate: Gate::default(),
             commit: async_lock::Mutex::new(Commit::new(tail)),
+            flushing: async_lock::Mutex::new(()),
             asked: AtomicU64::new(0),
             committed: AtomicU64::new(0),
             durable: AtomicU64::new(next_seq.0.saturating_sub(1)),
@@ -175,6 +183,14 @@ impl Ledger {
         result
     }
 
+    /// Flushes the device. One at a time: the kernel reports a failed write-back to one flush only, and whoever comes
+    /// after must not take its own success for that of all.
+    pub(crate) async fn flush_device<D: Device>(&self, device: &D) -> Result<()> {
+        let _alone = self.flushing.lock().await;
+        self.check_poison()?;
+        self.poison_on(device.flush().await)
+    }
+
     /// Looks at the metadata.
     pub(crate) fn look<T>(&self, look: impl FnOnce(&Metadata) -> T) -> T {
         look(&self.state.read().metadata)
@@ -192,16 +208,20 @@ impl Ledger {
         mut view: impl FnMut(&Metadata) -> Result<T, Fault>,
     ) -> Result<T> {
         loop {
-            let fault = match view(&self.state.read().metadata) {
-                Ok(value) => return Ok(value),
-                Err(fault) => fault,
+            let (fault, ticket) = {
+                let state = self.state.read();
+                match view(&state.metadata) {
+                    Ok(value) => return Ok(value),
+                    // What is missing must not be reused while it is read.
+                    Err(fault) => (fault, self.gate.enter()),
+                }
             };
             self.supply(device, fault).await?;
+            drop(ticket);
         }
     }
 
-    /// Changes the metadata by records, reading what is missing from `device`. Waits for a commit while too many
-    /// records wait for one.
+    /// Changes the metadata by records, reading what is missing from `device`.
     pub(crate) async fn change<D: Device, T>(
         &self,
         device: &D,
@@ -209,13 +229,15 @@ impl Ledger {
     ) -> Result<T> {
         loop {
             self.check_poison()?;
-            let fault = match change(&mut Draft {
-                state: &mut self.state.write(),
-            }) {
-                Ok(value) => return Ok(value),
-                Err(fault) => fault,
+            let (fault, ticket) = {
+                let mut state = self.state.write();
+                match change(&mut Draft { state: &mut state }) {
+                    Ok(value) => return Ok(value),
+                    Err(fault) => (fault, self.gate.enter()),
+                }
             };
             self.supply(device, fault).await?;
+            drop(ticket);
         }
     }
 
@@ -236,10 +258,10 @@ impl Ledger {
         match fault {
             Fault::Error(error) => Err(error),
             Fault::Missing(missing) => {
-                let blocks = self.state.read().metadata.space.blocks();
-                let place = self.state.read().metadata.missing_place(missing);
-                let read = read_missing(device, self.pool, blocks, missing, place).await?;
-                self.state.write().metadata.supply(missing, read)
+                let (bounds, place) = self
+                    .look(|metadata| (metadata.space.bounds(), metadata.missing_place(missing)));
+                let read = read_missing(device, self.pool, bounds, missing, place).await;
+                self.state.write().metadata.supply_read(missing, read)
             }
         }
     }
@@ -263,8 +285,17 @@ impl Metadata {
         }
     }
 
-    /// Puts into memory what was missing.
-    pub(crate) fn supply(&mut self, missing: Missing, supplied: Supplied) -> Result<()> {
+    /// Takes over what was read. Counts that cannot be read close their region to allocation, and nothing else.
+    fn supply_read(&mut self, missing: Missing, read: Result<Supplied>) -> Result<()> {
+        let supplied = read.and_then(|supplied| self.supply(missing, supplied));
+        if let (Err(error), Missing::Counts(region)) = (&supplied, missing) {
+            tracing::error!(%error, "no block of this region is given out any more");
+            self.space.close_region(region);
+        }
+        supplied
+    }
+
+    fn supply(&mut self, missing: Missing, supplied: Supplied) -> Result<()> {
         match (missing, supplied) {
             (Missing::Page(ptr, _), Supplied::Page(page)) => {
                 self.map.insert_loaded(ptr, page);
@@ -290,9 +321,9 @@ impl Metadata {
                 Err(Fault::Error(error)) => return Err(error),
                 Err(Fault::Missing(missing)) => {
                     let place = self.missing_place(missing);
-                    let read =
-                        read_missing(device, self.id, self.space.blocks(), missing, place).await?;
-                    self.supply(missing, read)?;
+                    let bounds = self.space.bounds();
+                    let read = read_missing(device, self.id, bounds, missing, place).await;
+                    self.supply_read(missing, read)?;
                 }
             }
         }
@@ -313,7 +344,7 @@ pub(crate) async fn read_page<D: Device>(
 async fn read_missing<D: Device>(
     device: &D,
     pool: PoolId,
-    blocks: u64,
+    bounds: Bounds,
     missing: Missing,
     place: CountsPlace,
 ) -> Result<Supplied> {
@@ -327,7 +358,7 @@ async fn read_missing<D: Device>(
                 level,
                 ptr,
             };
-            let (mapped, node) = map_page::decode(&page, identity, blocks)?;
+            let (mapped, node) = map_page::decode(&page, identity, bounds)?;
             let node = Arc::new(node);
             Ok(Supplied::Page(MapPage {
                 level,

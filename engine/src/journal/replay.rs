@@ -2,8 +2,10 @@
 
 use super::commit::Tail;
 use crate::device::{BlockBuf, Device};
-use crate::error::Result;
-use crate::format::journal::{BlockHeader, Framed, decode_block, decode_framed, split_framed};
+use crate::error::{Error, Result};
+use crate::format::journal::{
+    BlockHeader, Framed, decode_block, decode_framed, decode_number, split_framed,
+};
 use crate::format::superblock::Superblock;
 use crate::units::{BLOCK_LEN, Extent, Seq};
 
@@ -18,10 +20,12 @@ pub(crate) struct ReadJournal {
     pub(crate) tail: Tail,
 }
 
-/// Reads what the checkpoint of `superblock` does not cover.
+/// Reads what the checkpoint of `superblock` does not cover. `may_be_lost`: after a crash, looks whether the journal
+/// ends where it does because a block that was durable is damaged.
 pub(crate) async fn read_journal<D: Device>(
     device: &D,
     superblock: &Superblock,
+    may_be_lost: bool,
 ) -> Result<ReadJournal> {
     let place = superblock.journal;
     let mut records = Vec::new();
@@ -30,6 +34,8 @@ pub(crate) async fn read_journal<D: Device>(
         number: superblock.journal_block,
         chain: superblock.journal_chain,
         first_seq: superblock.seq,
+        batch: 0,
+        session: 0,
     };
     let mut window = Window::new(place);
     while header.number - superblock.journal_block < place.count {
@@ -39,12 +45,15 @@ pub(crate) async fn read_journal<D: Device>(
         };
         while !framed.is_empty() {
             let (record, rest) = split_framed(framed)?;
-            records.push(decode_framed(record, superblock.blocks)?);
+            records.push(decode_framed(record)?);
             header.first_seq = header.first_seq.next();
             framed = rest;
         }
         header.number += 1;
         header.chain = crc;
+    }
+    if may_be_lost {
+        find_lost_block(device, superblock, header.number, &mut window).await?;
     }
     Ok(ReadJournal {
         records,
@@ -54,8 +63,35 @@ pub(crate) async fn read_journal<D: Device>(
             next: header.number,
             chain: header.chain,
             oldest: superblock.journal_block,
+            session: superblock.session + 1,
         },
     })
+}
+
+/// A commit begins only when the one before it is flushed. So a whole block of a commit that began behind `end` says
+/// that the block `end` was durable: that it cannot be read is damage, not a torn commit.
+async fn find_lost_block<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+    end: u64,
+    window: &mut Window,
+) -> Result<()> {
+    for position in 0..superblock.journal.count {
+        let block = window.block(device, position).await?;
+        if let Some((number, batch)) = decode_number(block, superblock.id)?
+            && number > end
+            && batch > end
+        {
+            let at = superblock
+                .journal
+                .start
+                .plus(end % superblock.journal.count);
+            let fact =
+                "journal block: is damaged, although a later commit shows that it was durable";
+            return Err(Error::corrupt(fact).at_pba(at));
+        }
+    }
+    Ok(())
 }
 
 /// Drops the records at the end that belong to a change whose last record is missing.

@@ -86,10 +86,11 @@ impl MapStore {
         lba: Lba,
         lowest: u8,
         delta: i64,
+        seq: Seq,
         space: &mut SpaceMap,
     ) -> PagePtr {
         let mut level = root.level;
-        let mut ptr = self.writable_page(root.ptr, level, delta, space);
+        let mut ptr = self.writable_page(root.ptr, level, delta, seq, space);
         root.ptr = Some(ptr);
         while level > lowest {
             let slot = child_index(level, lba);
@@ -97,7 +98,7 @@ impl MapStore {
                 Node::Inner(children) => children[slot],
                 Node::Leaf(_) => None,
             };
-            let writable = self.writable_page(child, level - 1, delta, space);
+            let writable = self.writable_page(child, level - 1, delta, seq, space);
             if child != Some(writable) {
                 self.set_child(ptr, slot, Some(writable));
             }
@@ -119,6 +120,7 @@ impl MapStore {
         ptr: Option<PagePtr>,
         level: u8,
         delta: i64,
+        seq: Seq,
         space: &mut SpaceMap,
     ) -> PagePtr {
         let writable = match ptr {
@@ -130,14 +132,14 @@ impl MapStore {
                 };
                 self.insert_new(page, space)
             }
-            Some(ptr) => self.shadow(ptr, space),
+            Some(ptr) => self.shadow(ptr, seq, space),
         };
         let page = self.page_mut(writable);
         page.mapped = page.mapped.saturating_add_signed(delta);
         writable
     }
 
-    fn shadow(&mut self, ptr: PagePtr, space: &mut SpaceMap) -> PagePtr {
+    fn shadow(&mut self, ptr: PagePtr, seq: Seq, space: &mut SpaceMap) -> PagePtr {
         let is_shared = !matches!(space.count(ptr.pba), Ok(1));
         if !is_shared && ptr.generation == self.generation {
             return ptr;
@@ -163,7 +165,7 @@ impl MapStore {
                 }
             }
         }
-        self.release_page(ptr, space);
+        self.release_page(ptr, seq, space);
         self.insert_new(page, space)
     }
 
@@ -194,6 +196,7 @@ impl MapStore {
             lba,
             0,
             i64::try_from(holes).unwrap_or(i64::MAX),
+            seq,
             space,
         );
         let first = leaf_index(lba);
@@ -310,7 +313,7 @@ impl MapStore {
             UnmapStep::Skip { .. } => return,
             UnmapStep::SharedPage { level, .. } if level == root.level => {
                 if let Some(ptr) = root.ptr.take() {
-                    self.release_page(ptr, space);
+                    self.release_page(ptr, seq, space);
                 }
                 return;
             }
@@ -318,9 +321,9 @@ impl MapStore {
                 if let Ok(Some(child)) = self.page_at(*root, from, level) {
                     let gone = self.page(child, level).map_or(0, |page| page.mapped);
                     let delta = -i64::try_from(gone).unwrap_or(i64::MAX);
-                    let parent = self.make_writable(root, from, level + 1, delta, space);
+                    let parent = self.make_writable(root, from, level + 1, delta, seq, space);
                     self.set_child(parent, child_index(level + 1, from), None);
-                    self.release_page(child, space);
+                    self.release_page(child, seq, space);
                 }
                 from
             }
@@ -328,7 +331,7 @@ impl MapStore {
                 let count = to.0 - from.0;
                 let gone = count - self.count_holes(*root, from, count);
                 let delta = -i64::try_from(gone).unwrap_or(i64::MAX);
-                let leaf = self.make_writable(root, from, 0, delta, space);
+                let leaf = self.make_writable(root, from, 0, delta, seq, space);
                 if let Node::Leaf(entries) = Arc::make_mut(&mut self.page_mut(leaf).node) {
                     for (entry, _) in entries[leaf_index(from)..].iter_mut().zip(0..count) {
                         let old = std::mem::take(entry);
@@ -340,11 +343,11 @@ impl MapStore {
                 from
             }
         };
-        self.prune(root, from, space);
+        self.prune(root, from, seq, space);
     }
 
     /// Removes the pages on the way to `lba` that map nothing any more. All of them are writable.
-    fn prune(&mut self, root: &mut Root, lba: Lba, space: &mut SpaceMap) {
+    fn prune(&mut self, root: &mut Root, lba: Lba, seq: Seq, space: &mut SpaceMap) {
         for level in 0..=root.level {
             let Ok(Some(ptr)) = self.page_at(*root, lba, level) else {
                 continue;
@@ -357,7 +360,7 @@ impl MapStore {
             } else if let Ok(Some(parent)) = self.page_at(*root, lba, level + 1) {
                 self.set_child(parent, child_index(level + 1, lba), None);
             }
-            self.release_page(ptr, space);
+            self.release_page(ptr, seq, space);
         }
     }
 

@@ -94,7 +94,8 @@ impl MapStore {
     ) -> Result<Mapping, Fault> {
         let mut path_is_shared = false;
         let leaf = self.leaf(root, lba, |ptr| {
-            path_is_shared |= !path_is_shared && space.referenced(ptr.pba)? > 1;
+            path_is_shared |=
+                !path_is_shared && (space.referenced(ptr.pba)? > 1 || !space.is_settled(ptr.pba));
             Ok(())
         })?;
         let entries = match leaf {

@@ -17,7 +17,7 @@ use crate::format::catalog::Root;
 use crate::format::map_page::{INNER_ENTRIES, LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
 use crate::format::page::PagePtr;
 use crate::space::{Fault, Missing, SpaceMap};
-use crate::units::{Generation, Lba, Pba};
+use crate::units::{Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
 use std::sync::Arc;
 
@@ -180,12 +180,13 @@ impl MapStore {
         ptr
     }
 
-    /// Releases a page; at its last owner it leaves memory. Its children are the caller's.
-    fn release_page(&mut self, ptr: PagePtr, space: &mut SpaceMap) {
+    /// Releases a page; at its last owner it leaves memory. Its children are the caller's. `seq` as in
+    /// [`SpaceMap::release`].
+    fn release_page(&mut self, ptr: PagePtr, seq: Seq, space: &mut SpaceMap) {
         if matches!(space.count(ptr.pba), Ok(1)) {
             self.pages.remove(&ptr.pba);
         }
-        space.release(ptr.pba, None);
+        space.release(ptr.pba, Some(seq));
     }
 
     #[expect(

@@ -7,7 +7,7 @@ use crate::format::catalog::Root;
 use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
 use crate::format::page::PagePtr;
 use crate::space::{Fault, SpaceMap};
-use crate::units::{Lba, Pba};
+use crate::units::{Lba, Pba, Seq};
 
 /// What one step of a diff found.
 #[derive(Debug, PartialEq, Eq)]
@@ -119,11 +119,13 @@ impl MapStore {
     }
 
     /// Returns the space of a removed map at `from`: a leaf's blocks, or one reference to a page that others own too.
-    /// Pages that end here go with it.
+    /// Pages that end here go with it. `seq` is the last record appended: another owner's release may stand in any
+    /// record up to it.
     pub(crate) fn reclaim(
         &mut self,
         root: Root,
         from: Lba,
+        seq: Seq,
         space: &mut SpaceMap,
     ) -> Result<ReclaimStep, Fault> {
         level_matches(root.level)?;
@@ -175,14 +177,14 @@ impl MapStore {
             .flat_map(|leaf| leaf.iter())
             .filter(|entry| entry.0 != 0)
         {
-            space.release(*entry, None);
+            space.release(*entry, Some(seq));
             released += 1;
         }
         let lowest = path.len() - 1;
         for (index, (ptr, level)) in path.into_iter().enumerate().rev() {
             let is_shared_or_leaf = index == lowest && released > 0;
             if is_shared_or_leaf || span_end(level, from) <= end {
-                self.release_page(ptr, space);
+                self.release_page(ptr, seq, space);
             }
         }
         let is_done = end.0 >= span_blocks(root.level);

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{CatalogEntry, Role, SLOTS_PER_PAGE};
-use crate::limits::VOLUMES_MAX;
+use crate::limits::{SNAPSHOT_GROUP_MAX, VOLUMES_MAX};
 use crate::name::{Name, VolumePath};
 use crate::units::{Pba, Seq, VolumeId};
 use rustc_hash::FxHashMap;
@@ -158,7 +158,7 @@ impl Catalog {
 
     /// Whether there is room for another entry.
     pub(crate) fn check_room(&self) -> Result<()> {
-        if self.volumes.len() >= VOLUMES_MAX {
+        if self.volumes.len() + SNAPSHOT_GROUP_MAX >= VOLUMES_MAX {
             let message = format!(
                 "the pool has {VOLUMES_MAX} volumes and snapshots, which is the most; remove some"
             );

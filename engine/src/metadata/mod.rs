@@ -7,10 +7,11 @@ mod catalog;
 pub(crate) use catalog::Catalog;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog::{CatalogEntry, Role, Root};
+use crate::format::catalog::{CatalogEntry, Role, Root, level_sizes};
 use crate::format::map_page::level_for;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
+use crate::limits::SNAPSHOT_GROUP_MAX;
 use crate::map::{MapStore, ReclaimStep, UnmapStep};
 use crate::space::{Fault, SpaceMap};
 use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, VolumeId};
@@ -37,6 +38,11 @@ pub(crate) enum Prepared {
     Unmap(UnmapStep),
 }
 
+/// Pages of a catalog with so many slots, those of its index included.
+fn catalog_pages(slots: usize) -> u64 {
+    level_sizes(slots).iter().sum::<usize>() as u64
+}
+
 /// Blocks of a volume of so many bytes; a last partial block counts.
 pub(crate) fn blocks_of(bytes: u64) -> u64 {
     bytes.div_ceil(BLOCK_BYTES)
@@ -45,6 +51,9 @@ pub(crate) fn blocks_of(bytes: u64) -> u64 {
 impl Metadata {
     /// Looks at all that `record` touches; nothing is changed but what is set aside for pages.
     pub(crate) fn prepare(&mut self, record: &Record) -> Result<Prepared, Fault> {
+        // The next checkpoint may have to write every catalog page, and those of a group of new entries.
+        let slots = self.catalog.slot_count() + SNAPSHOT_GROUP_MAX;
+        self.space.keep_back(catalog_pages(slots));
         match record {
             Record::Map {
                 volume, lba, count, ..
@@ -110,6 +119,7 @@ impl Metadata {
                 let role = self.renamed(*id, name)?;
                 self.catalog.check_name(&role)?;
             }
+            Record::Grow { .. } => self.space.prepare_grow()?,
             Record::Resize { id, bytes } => {
                 let root = self.writable(*id)?.root;
                 let level = level_for(blocks_of(*bytes));
@@ -119,6 +129,14 @@ impl Metadata {
             }
         }
         Ok(Prepared::Whole)
+    }
+
+    /// Where an entry is added, the next checkpoint has room for its page.
+    fn check_room(&self) -> Result<(), Fault> {
+        self.catalog.check_room()?;
+        self.space.require(catalog_pages(
+            self.catalog.slot_count() + SNAPSHOT_GROUP_MAX,
+        ))
     }
 
     fn writable(&self, id: VolumeId) -> Result<CatalogEntry> {
@@ -154,15 +172,12 @@ impl Metadata {
         })
     }
 
-    fn check_new(&self, id: VolumeId, role: &Role) -> Result<()> {
+    fn check_new(&self, id: VolumeId, role: &Role) -> Result<(), Fault> {
         if id < self.catalog.next_id() {
-            return Err(Error::corrupt(format!(
-                "number {} is given a second time",
-                id.0
-            )));
+            return Err(Error::corrupt(format!("number {} is given a second time", id.0)).into());
         }
-        self.catalog.check_room()?;
-        self.catalog.check_name(role)
+        self.check_room()?;
+        Ok(self.catalog.check_name(role)?)
     }
 
     fn prepare_fork(&self, root: Root) -> Result<(), Fault> {
@@ -181,20 +196,22 @@ impl Metadata {
                 pba,
                 count,
             } => {
-                let volume = self.catalog.get_mut(*volume)?;
+                let id = *volume;
+                let volume = self.catalog.get_mut(id)?;
                 let root = &mut volume.entry.root;
                 self.map
                     .remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
-                self.count_mapped(volume_id(record))?;
+                self.count_mapped(id)?;
             }
             Record::Unmap { volume, .. } => {
                 let Prepared::Unmap(step) = prepared else {
                     return Ok(());
                 };
-                let volume = self.catalog.get_mut(*volume)?;
+                let id = *volume;
+                let volume = self.catalog.get_mut(id)?;
                 self.map
                     .unmap(&mut volume.entry.root, step, seq, &mut self.space);
-                self.count_mapped(volume_id(record))?;
+                self.count_mapped(id)?;
             }
             Record::Create {
                 id,
@@ -261,6 +278,7 @@ impl Metadata {
                 let role = self.renamed(*id, name)?;
                 self.catalog.set_role(*id, role, seq);
             }
+            Record::Grow { blocks } => self.space.grow(*blocks),
             Record::Resize { id, bytes } => {
                 let entry = &mut self.catalog.get_mut(*id)?.entry;
                 entry.bytes = *bytes;
@@ -343,8 +361,8 @@ impl Metadata {
         Ok(())
     }
 
-    /// Returns a step's worth of a removed tree's space; true while there is more of it.
-    pub(crate) fn reclaim(&mut self, id: VolumeId) -> Result<ReclaimStep, Fault> {
+    /// Returns a step's worth of a removed tree's space. `seq` is the last record appended.
+    pub(crate) fn reclaim(&mut self, id: VolumeId, seq: Seq) -> Result<ReclaimStep, Fault> {
         let entry = &self.catalog.get(id)?.entry;
         let Role::Reclaiming { cursor } = entry.role else {
             return Err(Error::with(
@@ -353,26 +371,12 @@ impl Metadata {
             )
             .into());
         };
-        let step = self.map.reclaim(entry.root, cursor, &mut self.space)?;
+        let step = self.map.reclaim(entry.root, cursor, seq, &mut self.space)?;
         match step.next {
             None => self.catalog.remove(id),
             Some(next) => self.catalog.get_mut(id)?.entry.role = Role::Reclaiming { cursor: next },
         }
         Ok(step)
-    }
-}
-
-fn volume_id(record: &Record) -> VolumeId {
-    match record {
-        Record::Map { volume, .. }
-        | Record::Unmap { volume, .. }
-        | Record::Snapshot { volume, .. }
-        | Record::Rollback { volume, .. } => *volume,
-        Record::Create { id, .. }
-        | Record::Clone { id, .. }
-        | Record::Remove { id }
-        | Record::Rename { id, .. }
-        | Record::Resize { id, .. } => *id,
     }
 }
 

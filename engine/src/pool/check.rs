@@ -56,9 +56,15 @@ impl Pool {
         }
         let superblock = self.checkpoints.hold().await;
         let metadata = if self.is_read_only {
-            load_current(device, &superblock, &self.ring, &mut Vec::new())
-                .await?
-                .0
+            load_current(
+                device,
+                &superblock,
+                superblock.is_clean,
+                &self.ring,
+                &mut Vec::new(),
+            )
+            .await?
+            .0
         } else {
             load(device, &superblock).await?
         };
@@ -205,7 +211,7 @@ impl<D: Device> Check<'_, D> {
     /// Holds the references found against the counts.
     async fn counts(&mut self) {
         let blocks = self.metadata.space.blocks();
-        let journal = self.metadata.space.journal();
+        let journal = self.metadata.space.bounds().journal;
         for region in 0..region_count(blocks) {
             let found = self.found.remove(&region);
             if found.is_none() && self.metadata.space.region_place(region).is_none() {

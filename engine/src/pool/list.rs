@@ -3,7 +3,7 @@
 use super::Pool;
 use super::report::{Entry, EntryKind, PoolStats, PoolStatus, Redirect};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{CatalogEntry, Role};
 use crate::units::{BLOCK_BYTES, Lba, VolumeId};
 
@@ -47,7 +47,8 @@ impl Pool {
                     Ok(found) => metadata.map.unique(&metadata.space, found.entry.root, at),
                     Err(_) => Ok((Lba(u64::MAX), 0)),
                 })
-                .await?;
+                .await
+                .or_else(unless_damaged)?;
             unique += found;
             if next.0 == u64::MAX || next <= at {
                 return Ok(unique);
@@ -109,6 +110,15 @@ impl Pool {
             pending_bytes: status.pending_bytes,
             volumes,
         }
+    }
+}
+
+/// A map that cannot be read ends the count there, not the list of all others.
+fn unless_damaged(error: Error) -> Result<(Lba, u64)> {
+    if error.kind() == ErrorKind::Corrupt {
+        Ok((Lba(u64::MAX), 0))
+    } else {
+        Err(error)
     }
 }
 

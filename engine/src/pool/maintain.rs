@@ -6,6 +6,8 @@ use crate::error::Result;
 use crate::limits::MAP_PAGES_MAX;
 use crate::units::VolumeId;
 use event_listener::{Event, listener};
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Acknowledged changes become durable at the latest after this, flush or not.
@@ -23,6 +25,8 @@ pub(super) struct Maintenance {
     is_wanted: AtomicBool,
     wanted: Event,
     reclaimed: AtomicU64,
+    /// Removed trees that cannot be read: their space stays used, and nothing else suffers.
+    parked: Mutex<BTreeSet<VolumeId>>,
     /// Reclaim changed something that no checkpoint covers yet.
     has_reclaimed: AtomicBool,
 }
@@ -35,6 +39,7 @@ impl Maintenance {
             is_wanted: AtomicBool::new(true),
             wanted: Event::new(),
             reclaimed: AtomicU64::new(0),
+            parked: Mutex::default(),
             has_reclaimed: AtomicBool::new(false),
         }
     }
@@ -63,7 +68,7 @@ impl Pool {
                 self.flush(device).await?;
             }
         }
-        let has_more = self.reclaim(device).await?;
+        let has_more = self.reclaim(device).await;
         let durable = self.checkpoints.progress().0;
         if self
             .ledger
@@ -117,32 +122,35 @@ impl Pool {
     }
 
     /// Returns some of the space of what was removed, once the removal is durable; true while there is more.
-    async fn reclaim<D: Device>(&self, device: &D) -> Result<bool> {
+    async fn reclaim<D: Device>(&self, device: &D) -> bool {
         for _ in 0..RECLAIM_STEPS {
             let durable = self.ledger.durable();
             let next: Option<VolumeId> = self.ledger.look(|metadata| {
                 let catalog = &metadata.catalog;
+                let parked = self.maintenance.parked.lock();
                 let is_ready = |id: &&VolumeId| {
-                    catalog
-                        .get(**id)
-                        .is_ok_and(|found| found.removed_at <= durable)
+                    !parked.contains(id)
+                        && catalog
+                            .get(**id)
+                            .is_ok_and(|found| found.removed_at <= durable)
                 };
                 catalog.reclaiming().iter().find(is_ready).copied()
             });
             let Some(id) = next else {
-                return Ok(false);
+                return false;
             };
-            let step = self
-                .ledger
-                .change(device, |draft| draft.metadata().reclaim(id))
-                .await?;
-            self.maintenance
-                .reclaimed
-                .fetch_add(step.released, Ordering::Relaxed);
-            self.maintenance
-                .has_reclaimed
-                .store(true, Ordering::Relaxed);
+            match self.ledger.change(device, |draft| draft.reclaim(id)).await {
+                Ok(step) => {
+                    let work = &self.maintenance;
+                    work.reclaimed.fetch_add(step.released, Ordering::Relaxed);
+                    work.has_reclaimed.store(true, Ordering::Relaxed);
+                }
+                Err(error) => {
+                    tracing::error!(%error, id = id.0, "the space of a removed volume cannot be returned");
+                    self.maintenance.parked.lock().insert(id);
+                }
+            }
         }
-        Ok(true)
+        true
     }
 }

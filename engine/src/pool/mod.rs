@@ -21,6 +21,7 @@ use crate::datapath::{self, Counters, Io};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::usable_blocks;
+use crate::format::record::Record;
 use crate::journal::{Draft, Ledger};
 use crate::name::Name;
 use crate::space::Fault;
@@ -113,8 +114,7 @@ impl Pool {
             ));
         }
         if blocks > before {
-            self.ledger
-                .change(device, |draft| draft.metadata().space.grow(blocks))
+            self.change(device, |draft| draft.apply(&Record::Grow { blocks }))
                 .await?;
         }
         self.checkpoint(device).await

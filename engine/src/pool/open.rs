@@ -117,7 +117,7 @@ impl Pool {
             catalog_slots: 0,
             counts: Box::new([IndexEntry::default(); TOP_ENTRIES]),
         };
-        write_superblocks(device, &superblock).await
+        write_superblocks(device, &superblock, async || device.flush().await).await
     }
 
     /// Reads the label of a pool.
@@ -135,14 +135,15 @@ impl Pool {
     pub async fn open<D: Device>(device: &D, options: OpenOptions) -> Result<Self> {
         let found = read_superblocks(device, options.device_blocks).await?;
         let (mut superblock, mut warnings) = (found.superblock, found.warnings);
+        let was_clean = superblock.is_clean;
         if !options.read_only {
             // Pages that an interrupted checkpoint left behind carry the old number and can never be taken for ours.
             superblock.generation = superblock.generation.next();
             superblock.is_clean = false;
-            write_superblocks(device, &superblock).await?;
+            write_superblocks(device, &superblock, async || device.flush().await).await?;
         }
         let (metadata, unsaved) =
-            load_current(device, &superblock, &options.ring, &mut warnings).await?;
+            load_current(device, &superblock, was_clean, &options.ring, &mut warnings).await?;
         let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
             metadata,
@@ -213,10 +214,11 @@ fn boot_id_of(ring: &RingPlace) -> [u8; 16] {
 pub(super) async fn load_current<D: Device>(
     device: &D,
     superblock: &Superblock,
+    was_clean: bool,
     ring: &RingPlace,
     warnings: &mut Vec<String>,
 ) -> Result<(Metadata, Unsaved)> {
-    let unsaved = read_unsaved(device, superblock, ring, warnings).await?;
+    let unsaved = read_unsaved(device, superblock, was_clean, ring, warnings).await?;
     let mut metadata = load(device, superblock).await?;
     replay(device, &mut metadata, &unsaved).await?;
     Ok((metadata, unsaved))
@@ -226,10 +228,11 @@ pub(super) async fn load_current<D: Device>(
 async fn read_unsaved<D: Device>(
     device: &D,
     superblock: &Superblock,
+    was_clean: bool,
     place: &RingPlace,
     warnings: &mut Vec<String>,
 ) -> Result<Unsaved> {
-    let read = read_journal(device, superblock).await?;
+    let read = read_journal(device, superblock, !was_clean).await?;
     let (mut framed, mut next) = (read.records, read.next_seq);
     if let RingPlace::File { path, boot_id } = place
         && superblock.boot_id == *boot_id
@@ -253,11 +256,11 @@ async fn read_unsaved<D: Device>(
                             next.0
                         )));
                     }
-                    framed.push(decode_framed(&bytes, superblock.blocks)?);
+                    framed.push(decode_framed(&bytes)?);
                     next = next.next();
                 }
             }
-            None if superblock.session > 0 && !superblock.is_clean => warnings.push(format!(
+            None if superblock.session > 0 && !was_clean => warnings.push(format!(
                 "{}: the shared ring of the last opening is not there; writes that it alone held are lost",
                 path.display()
             )),
@@ -278,6 +281,14 @@ async fn read_unsaved<D: Device>(
 
 /// Applies what the checkpoint does not cover.
 async fn replay<D: Device>(device: &D, metadata: &mut Metadata, unsaved: &Unsaved) -> Result<()> {
+    // Blocks that the pool gained are named by the records behind.
+    for record in &unsaved.records {
+        if let Record::Grow { .. } = record {
+            metadata
+                .with_supply(device, |metadata| metadata.replay(record, unsaved.first))
+                .await?;
+        }
+    }
     // Blocks that the journal maps were taken when it was written: pages that replay makes must not get them.
     for record in &unsaved.records {
         if let Record::Map { pba, count, .. } = record {

@@ -254,7 +254,12 @@ impl Pool {
             let owners = self
                 .ledger
                 .view(device, |metadata| metadata.space.referenced(ptr.pba))
-                .await?;
+                .await;
+            let owners = match owners {
+                Ok(owners) => owners,
+                Err(error) if error.kind() == ErrorKind::Corrupt => continue,
+                Err(error) => return Err(error),
+            };
             let gone = going.entry(ptr.pba).or_default();
             *gone += 1;
             if *gone < owners {
@@ -273,8 +278,13 @@ impl Pool {
                     }
                     Ok::<_, Fault>((node.clone(), counts))
                 })
-                .await?;
-            let (node, counts) = below;
+                .await;
+            let (node, counts) = match below {
+                Ok(below) => below,
+                // What cannot be read is not counted, and does not keep the rest from being removed.
+                Err(error) if error.kind() == ErrorKind::Corrupt => continue,
+                Err(error) => return Err(error),
+            };
             if let Node::Inner(children) = &*node {
                 pages.extend(children.iter().flatten().map(|child| (*child, level - 1)));
             }

@@ -12,7 +12,9 @@ pub(crate) use region::FrozenRegion;
 
 use crate::error::{Error, Result};
 use crate::format::counts::{Halves, Index, IndexEntry, empty_index};
-use crate::format::layout::{self, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS, Slot, TOP_ENTRIES};
+use crate::format::layout::{
+    self, Bounds, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS, Slot, TOP_ENTRIES,
+};
 use crate::format::page::PagePtr;
 use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
@@ -58,6 +60,8 @@ pub(crate) struct SpaceMap {
     cursor: u64,
     /// Blocks set aside for metadata pages.
     metadata: VecDeque<Extent>,
+    /// Blocks that a checkpoint's catalog pages may need, which no map change may take.
+    kept_back: u64,
     /// Released to count 0 since the last freeze.
     pending: Vec<Extent>,
     pending_blocks: u64,
@@ -80,6 +84,7 @@ impl SpaceMap {
             available: 0,
             cursor: 0,
             metadata: VecDeque::new(),
+            kept_back: 0,
             pending: Vec::new(),
             pending_blocks: 0,
             unsettled: FxHashMap::default(),
@@ -90,21 +95,30 @@ impl SpaceMap {
         space
     }
 
-    /// Takes the blocks up to `blocks` into use.
-    pub(crate) fn grow(&mut self, blocks: u64) -> Result<(), Fault> {
+    /// Sees to it that [`SpaceMap::grow`] can be done.
+    pub(crate) fn prepare_grow(&self) -> Result<(), Fault> {
+        // The last region may end within; its new blocks are freed one by one.
+        match self.regions.last() {
+            Some(last) if !last.is_loaded() => Err(Fault::Missing(Missing::Counts(
+                self.regions.len() as u64 - 1,
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the blocks up to `blocks` into use, if they are not yet.
+    pub(crate) fn grow(&mut self, blocks: u64) {
+        if blocks <= self.blocks {
+            return;
+        }
         let (before, journal) = (self.blocks, self.journal);
-        // The last region may have ended within; its new blocks are free.
         if let Some(last) = self.regions.len().checked_sub(1) {
             let region = last as u64;
-            if !self.regions[last].is_loaded() {
-                return Err(Fault::Missing(Missing::Counts(region)));
-            }
             self.available += self
                 .region_mut(region)
                 .grow(region, before, blocks, journal);
         }
         self.add_regions(blocks);
-        Ok(())
     }
 
     fn add_regions(&mut self, blocks: u64) {
@@ -126,20 +140,32 @@ impl SpaceMap {
         self.blocks
     }
 
-    /// The journal's place.
-    pub(crate) fn journal(&self) -> Extent {
-        self.journal
+    /// Which blocks a pointer may name.
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            blocks: self.blocks,
+            journal: self.journal,
+        }
     }
 
     /// Blocks kept back for metadata: what deleting, discarding and rolling back on a full pool may take until a
     /// checkpoint gives space back.
     pub(crate) fn reserve_blocks(&self) -> u64 {
-        (self.blocks / 128).clamp(256, 65_536)
+        (self.blocks / 128).clamp(256, 65_536) + self.kept_back
+    }
+
+    /// Keeps so many blocks back for a checkpoint's own pages.
+    pub(crate) fn keep_back(&mut self, count: u64) {
+        self.kept_back = count;
+    }
+
+    fn set_aside_blocks(&self) -> u64 {
+        self.metadata.iter().map(|extent| extent.count).sum()
     }
 
     /// Blocks that data can still take.
     pub(crate) fn free_for_data(&self) -> u64 {
-        let set_aside: u64 = self.metadata.iter().map(|extent| extent.count).sum();
+        let set_aside = self.set_aside_blocks();
         (self.available + set_aside).saturating_sub(self.reserve_blocks())
     }
 
@@ -150,7 +176,7 @@ impl SpaceMap {
 
     /// Blocks neither free nor pending nor set aside, the fixed ones included.
     pub(crate) fn used_blocks(&self) -> u64 {
-        let set_aside: u64 = self.metadata.iter().map(|extent| extent.count).sum();
+        let set_aside = self.set_aside_blocks();
         self.blocks - self.available - set_aside - self.pending_blocks
     }
 
@@ -183,6 +209,9 @@ impl SpaceMap {
                     .at_pba(pba)
                     .into(),
             ),
+            u32::MAX => Err(Error::corrupt("a count that no block can have")
+                .at_pba(pba)
+                .into()),
             count => Ok(count),
         }
     }
@@ -221,8 +250,9 @@ impl SpaceMap {
         self.region_mut(region).add(offset);
     }
 
-    /// One owner less; at 0 the block is pending. `seq` is the record that does it: until that is durable a data
-    /// block with one owner left must not be written in place, because a power cut would bring the other owner back.
+    /// One owner less; at 0 the block is pending. `seq` is the last record that the release hangs on: until that is
+    /// durable, whoever is left must not write in place what lies in the block or below the page, because a power cut
+    /// would bring the other owner back. None where nothing can be left.
     pub(crate) fn release(&mut self, pba: Pba, seq: Option<Seq>) {
         let (region, offset) = place(pba);
         match self.region_mut(region).subtract(offset) {
@@ -289,6 +319,14 @@ impl SpaceMap {
         match index.and_then(|index| self.regions.get_mut(index)) {
             Some(slot) => slot.load(region, blocks, journal, low, high),
             None => Err(Error::corrupt("a region beyond the pool")),
+        }
+    }
+
+    /// Gives no block of a region out any more: its counts cannot be read.
+    pub(crate) fn close_region(&mut self, region: u64) {
+        let index = usize::try_from(region).ok();
+        if let Some(region) = index.and_then(|index| self.regions.get_mut(index)) {
+            self.available -= region.close();
         }
     }
 

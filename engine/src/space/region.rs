@@ -48,9 +48,13 @@ fn is_usable(region: u64, offset: usize, blocks: u64, journal: Extent) -> bool {
 impl Region {
     /// A region that was never written: all free but what has a fixed use.
     pub(crate) fn virgin(region: u64, blocks: u64, journal: Extent) -> Self {
-        let free = (0..REGION_LEN)
-            .filter(|&offset| is_usable(region, offset, blocks, journal))
-            .count() as u64;
+        let free = if layout::has_fixed(region, blocks, journal) {
+            (0..REGION_LEN)
+                .filter(|&offset| is_usable(region, offset, blocks, journal))
+                .count() as u64
+        } else {
+            REGION_BLOCKS
+        };
         Self {
             place: None,
             is_wide: false,
@@ -82,6 +86,11 @@ impl Region {
         self.available
     }
 
+    /// Makes nothing available any more; how many blocks that were.
+    pub(crate) fn close(&mut self) -> u64 {
+        std::mem::take(&mut self.available)
+    }
+
     pub(crate) fn is_loaded(&self) -> bool {
         self.loaded.is_some()
     }
@@ -104,7 +113,7 @@ impl Region {
         if entry.place.is_none() {
             return Ok(());
         }
-        if entry.free > REGION_BLOCKS {
+        if entry.free > self.free {
             return Err(Error::corrupt(
                 "count index: more free blocks than a region has",
             ));

@@ -21,25 +21,31 @@ impl SpaceMap {
         self.take_run(goal, want)
     }
 
-    /// Sees to it that `count` blocks are set aside for metadata pages.
+    /// Sees to it that `count` blocks are set aside for map pages, and that what a checkpoint needs is left besides.
     pub(crate) fn set_aside(&mut self, count: u64) -> Result<(), Fault> {
-        loop {
-            let have: u64 = self.metadata.iter().map(|extent| extent.count).sum();
-            if have >= count {
-                return Ok(());
-            }
-            if self.available == 0 {
-                return Err(Error::with(
-                    ErrorKind::OutOfSpace,
-                    "no space left in the pool, not even in the reserve",
-                )
-                .into());
-            }
+        self.require(count + self.kept_back)?;
+        self.set_aside_last(count)
+    }
+
+    /// Refuses where fewer than `count` blocks are left for metadata.
+    pub(crate) fn require(&self, count: u64) -> Result<(), Fault> {
+        if self.available + self.set_aside_blocks() < count {
+            let message = "no space left in the pool, not even in the reserve; remove something";
+            return Err(Error::with(ErrorKind::OutOfSpace, message).into());
+        }
+        Ok(())
+    }
+
+    /// The same for a checkpoint's own pages, which may take what was kept back for them.
+    pub(crate) fn set_aside_last(&mut self, count: u64) -> Result<(), Fault> {
+        self.require(count)?;
+        while self.set_aside_blocks() < count {
             let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
             let want = METADATA_RUN.min(self.available);
             let extent = self.take_run(goal, want)?;
             self.metadata.push_back(extent);
         }
+        Ok(())
     }
 
     /// A block for a metadata page, with one owner. [`SpaceMap::set_aside`] saw to it that there is one.

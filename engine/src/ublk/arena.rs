@@ -36,8 +36,14 @@ impl Arena {
                 format!("no {bytes} bytes for a queue's buffers"),
             ));
         }
-        let start =
+        let start: NonNull<u8> =
             NonNull::new(start.cast()).ok_or_else(|| Error::corrupt("a mapping at address 0"))?;
+        // A huge page would be zeroed whole at the first request of a tag, and most buffers are used by small ones.
+        // SAFETY: the range is the mapping made just now; the advice changes no byte of it.
+        let refused = unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_NOHUGEPAGE) };
+        if refused != 0 {
+            tracing::debug!("the kernel has no huge pages to refuse");
+        }
         Ok(Self {
             start,
             bytes,

@@ -1,0 +1,254 @@
+//! The promises, one scenario each: what a power cut, a full pool or a damaged page must not do.
+
+use blockfork::device::BlockBuf;
+use blockfork::error::ErrorKind;
+use blockfork_tests::fixture::{attach, open, path, pool, put, reclaim, stamp, volume};
+use blockfork_tests::sim_device::{Loss, SimDevice};
+use fastrand::Rng;
+use futures_lite::future::{block_on, poll_once, yield_now};
+
+/// The data reached the disk, records that no flush covered did not.
+fn cut_power_after_the_data(device: &SimDevice) {
+    device.restart(Loss::None, &mut Rng::with_seed(1));
+}
+
+#[test]
+fn a_block_that_an_unflushed_write_left_is_not_written_in_place() {
+    let (device, pool) = pool(8192);
+    let a = volume(&device, &pool, "a", 2048);
+    put(&device, &a, 0, 8, 1).unwrap();
+    block_on(pool.snapshot(&device, &[path("a@s")])).unwrap();
+    block_on(pool.clone_snapshot(&device, &path("a@s"), &"b".parse().unwrap())).unwrap();
+    block_on(pool.remove(&device, &[path("a@s")], false, false)).unwrap();
+    reclaim(&device, &pool);
+    let b = attach(&pool, "b");
+    put(&device, &b, 5, 1, 3).unwrap();
+    put(&device, &a, 5, 1, 2).unwrap();
+    drop((a, b, pool));
+    cut_power_after_the_data(&device);
+    let pool = open(&device).unwrap();
+    let found = stamp(&device, &attach(&pool, "b"), 5);
+    assert!(
+        found == 1 || found == 3,
+        "b reads {found}, which was written to a"
+    );
+}
+
+#[test]
+fn a_leaf_that_an_unflushed_discard_left_is_not_written_in_place() {
+    let (device, pool) = pool(8192);
+    let a = volume(&device, &pool, "a", 2048);
+    put(&device, &a, 0, 1024, 1).unwrap();
+    block_on(pool.snapshot(&device, &[path("a@s")])).unwrap();
+    block_on(pool.clone_snapshot(&device, &path("a@s"), &"b".parse().unwrap())).unwrap();
+    block_on(pool.remove(&device, &[path("a@s")], false, false)).unwrap();
+    reclaim(&device, &pool);
+    block_on(pool.checkpoint(&device)).unwrap();
+    let b = attach(&pool, "b");
+    block_on(a.discard(&device, 0, 512 * 4096)).unwrap();
+    put(&device, &b, 5, 1, 2).unwrap();
+    drop((a, b, pool));
+    cut_power_after_the_data(&device);
+    let pool = open(&device).unwrap();
+    let found = stamp(&device, &attach(&pool, "a"), 5);
+    assert!(
+        found == 0 || found == 1,
+        "a reads {found}, which was written to b"
+    );
+}
+
+#[test]
+fn reclaiming_a_third_owner_does_not_hide_an_unflushed_release() {
+    let (device, pool) = pool(8192);
+    // More leaves than one step of the background work returns, so that no checkpoint follows it.
+    let leaves = 100;
+    let a = volume(&device, &pool, "a", leaves * 512);
+    for leaf in 0..leaves {
+        put(&device, &a, leaf * 512, 8, 1).unwrap();
+    }
+    block_on(pool.snapshot(&device, &[path("a@s")])).unwrap();
+    block_on(pool.clone_snapshot(&device, &path("a@s"), &"b".parse().unwrap())).unwrap();
+    let b = attach(&pool, "b");
+    // Leaves of their own for all three, all naming the same block.
+    put(&device, &a, 0, 1, 3).unwrap();
+    put(&device, &b, 0, 1, 4).unwrap();
+    block_on(pool.remove(&device, &[path("a@s")], false, false)).unwrap();
+    put(&device, &a, 5, 1, 5).unwrap();
+    assert!(
+        block_on(pool.maintain(&device)).unwrap(),
+        "the reclaim goes on"
+    );
+    put(&device, &b, 5, 1, 2).unwrap();
+    drop((a, b, pool));
+    cut_power_after_the_data(&device);
+    let pool = open(&device).unwrap();
+    let found = stamp(&device, &attach(&pool, "a"), 5);
+    assert!(
+        found == 5 || found == 1,
+        "a reads {found}, which was written to b"
+    );
+}
+
+#[test]
+fn a_pool_without_a_free_block_can_be_emptied_and_reopened() {
+    let (device, pool) = pool(4096);
+    let sparse = volume(&device, &pool, "sparse", 512 * 500);
+    for leaf in 0..500 {
+        put(&device, &sparse, leaf * 512, 2, 1).unwrap();
+    }
+    block_on(pool.snapshot(&device, &[path("sparse@s")])).unwrap();
+    drop(volume(&device, &pool, "t", 8));
+    for number in 0..75 {
+        block_on(pool.snapshot(&device, &[path(&format!("t@x{number}"))])).unwrap();
+    }
+    block_on(pool.checkpoint(&device)).unwrap();
+    let filler = volume(&device, &pool, "fill", 4096);
+    let mut filled = 0;
+    while put(&device, &filler, filled, 1, 1).is_ok() {
+        filled += 1;
+    }
+    block_on(pool.flush(&device)).unwrap();
+    // A discard below a snapshot needs a page and frees nothing: at some point it is refused, and nothing else is.
+    for leaf in 0..500 {
+        if let Err(error) = block_on(sparse.discard(&device, leaf * 512 * 4096, 4096)) {
+            assert_eq!(error.kind(), ErrorKind::OutOfSpace);
+            break;
+        }
+    }
+    put(&device, &filler, 0, 1, 9).unwrap();
+    block_on(pool.flush(&device)).unwrap();
+    block_on(pool.checkpoint(&device)).unwrap();
+    block_on(pool.rollback(&device, &path("t@x3"))).unwrap();
+    block_on(pool.remove(&device, &[path("t")], true, false)).unwrap();
+    drop((sparse, filler));
+    reclaim(&device, &pool);
+    drop(pool);
+    device.restart(Loss::All, &mut Rng::with_seed(1));
+    let pool = open(&device).unwrap();
+    block_on(pool.remove(&device, &[path("fill")], true, false)).unwrap();
+    reclaim(&device, &pool);
+    block_on(pool.checkpoint(&device)).unwrap();
+    let sparse = attach(&pool, "sparse");
+    put(&device, &sparse, 0, 512, 7).unwrap();
+    let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+    assert_eq!((report.damage, report.leaked_blocks), (Vec::new(), 0));
+}
+
+#[test]
+fn a_write_into_a_grown_pool_survives_a_power_cut_at_any_moment() {
+    for delay in 0..40 {
+        let (device, pool) = pool(4096);
+        let a = volume(&device, &pool, "a", 8192);
+        let mut filled = 0;
+        while put(&device, &a, filled, 1, 1).is_ok() {
+            filled += 1;
+        }
+        block_on(pool.checkpoint(&device)).unwrap();
+        device.grow(8192);
+        let is_flushed = block_on(async {
+            let mut grow = std::pin::pin!(pool.grow(&device, 8192));
+            let mut write = std::pin::pin!(async {
+                let mut buffer = BlockBuf::zeroed(600);
+                buffer.fill(9);
+                for _ in 0..delay {
+                    yield_now().await;
+                }
+                a.write(&device, filled * 4096, &buffer).await?;
+                a.flush(&device).await
+            });
+            for _ in 0..500 {
+                if let Some(written) = poll_once(write.as_mut()).await {
+                    return written.is_ok();
+                }
+                if poll_once(grow.as_mut()).await.is_some() {
+                    return false;
+                }
+            }
+            false
+        });
+        drop((a, pool));
+        device.restart(Loss::All, &mut Rng::with_seed(1));
+        let pool = open(&device).unwrap();
+        if is_flushed {
+            assert_eq!(
+                stamp(&device, &attach(&pool, "a"), filled + 599),
+                9,
+                "delay {delay}"
+            );
+        }
+        let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+        assert_eq!(
+            (report.damage, report.leaked_blocks),
+            (Vec::new(), 0),
+            "delay {delay}"
+        );
+    }
+}
+
+#[test]
+fn a_damaged_journal_block_that_was_durable_is_an_error() {
+    let (device, pool) = pool(8192);
+    let a = volume(&device, &pool, "a", 2048);
+    for number in 1..4 {
+        put(&device, &a, u64::from(number), 1, number).unwrap();
+        block_on(a.flush(&device)).unwrap();
+    }
+    drop((a, pool));
+    let mut seen = 0;
+    device.with_bytes(|bytes| {
+        for block in bytes
+            .chunks_exact_mut(4096)
+            .filter(|block| block.starts_with(b"BFjb"))
+        {
+            seen += 1;
+            if seen == 3 {
+                block[100] ^= 1;
+            }
+        }
+    });
+    assert_eq!(seen, 4);
+    assert_eq!(open(&device).unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn one_damaged_map_page_leaves_the_other_volumes_alone() {
+    let (device, pool) = pool(8192);
+    for name in ["a", "b"] {
+        let attached = volume(&device, &pool, name, 2048);
+        put(&device, &attached, 0, 8, 1).unwrap();
+    }
+    block_on(pool.close(&device)).unwrap();
+    drop(pool);
+    let mut damaged = false;
+    device.with_bytes(|bytes| {
+        let mut leaves = bytes
+            .chunks_exact_mut(4096)
+            .filter(|block| block.starts_with(b"BFpg") && block[40..42] == [1, 0]);
+        if let Some(leaf) = leaves.next() {
+            leaf[100] ^= 1;
+            damaged = true;
+        }
+    });
+    assert!(damaged);
+    let pool = open(&device).unwrap();
+    assert_eq!(block_on(pool.list(&device)).unwrap().len(), 2);
+    let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+    assert_eq!(report.damage.len(), 1);
+    let (bad, good) = if report.damage[0].starts_with('a') {
+        ("a", "b")
+    } else {
+        ("b", "a")
+    };
+    let attached = attach(&pool, bad);
+    let mut buffer = BlockBuf::zeroed(1);
+    let error = block_on(attached.read(&device, 0, &mut buffer)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().starts_with(bad), "{error}");
+    drop(attached);
+    block_on(pool.remove(&device, &[path(bad)], false, false)).unwrap();
+    reclaim(&device, &pool);
+    let attached = attach(&pool, good);
+    put(&device, &attached, 0, 600, 2).unwrap();
+    block_on(pool.checkpoint(&device)).unwrap();
+    assert_eq!(stamp(&device, &attached, 599), 2);
+}
