@@ -10,7 +10,7 @@ fn seeds() -> std::ops::Range<u64> {
         }
         Err(_) => {
             let count = std::env::var("BLOCKFORK_SEEDS")
-                .map_or(500, |text| text.parse().expect("a number"));
+                .map_or(700, |text| text.parse().expect("a number"));
             0..count
         }
     }

@@ -12,6 +12,7 @@ use crate::journal::{Ledger, State};
 use crate::map::FrozenPage;
 use crate::space::{Fault, FrozenSpace};
 use crate::units::{BLOCK_LEN, Extent, Generation, Pba, PoolId};
+use async_lock::MutexGuard;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pages are written in runs of at most this many.
@@ -73,7 +74,7 @@ impl Checkpoints {
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
-    pub(crate) async fn hold(&self) -> async_lock::MutexGuard<'_, Superblock> {
+    pub(crate) async fn hold(&self) -> MutexGuard<'_, Superblock> {
         self.current.lock().await
     }
 
@@ -96,8 +97,36 @@ impl Checkpoints {
         ending: Ending,
         restate: impl FnOnce(&mut Superblock),
     ) -> Result<()> {
+        let current = self.current.lock().await;
+        self.write_next(current, ledger, device, ending, restate)
+            .await
+    }
+
+    /// Writes a checkpoint, unless somebody has written one since `seen` was the last: many may find the same lack
+    /// of room at once, and one checkpoint serves them all.
+    pub(crate) async fn write_after<D: Device>(
+        &self,
+        seen: Generation,
+        ledger: &Ledger,
+        device: &D,
+    ) -> Result<()> {
+        let current = self.current.lock().await;
+        if current.generation > seen {
+            return Ok(());
+        }
+        self.write_next(current, ledger, device, Ending::GoOn, |_| {})
+            .await
+    }
+
+    async fn write_next<D: Device>(
+        &self,
+        mut current: MutexGuard<'_, Superblock>,
+        ledger: &Ledger,
+        device: &D,
+        ending: Ending,
+        restate: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
         let started = ledger.clock.monotonic_ns();
-        let mut current = self.current.lock().await;
         let closing = ledger.gate.closing().await;
         let mut commit = ledger.hold_commits().await;
         ledger.check_poison()?;

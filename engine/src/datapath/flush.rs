@@ -1,6 +1,6 @@
 //! Flushing: everything acknowledged before is durable, on every queue, data and mapping.
 
-use crate::checkpoint::{Checkpoints, Ending};
+use crate::checkpoint::Checkpoints;
 use crate::device::Device;
 use crate::error::Result;
 use crate::journal::{Committed, Ledger};
@@ -11,12 +11,12 @@ pub(crate) async fn flush<D: Device>(
     checkpoints: &Checkpoints,
     device: &D,
 ) -> Result<()> {
-    match ledger.commit(device).await? {
-        Committed::Done => Ok(()),
-        Committed::JournalFull => {
-            checkpoints
-                .write(ledger, device, Ending::GoOn, |_| {})
-                .await
+    loop {
+        let seen = checkpoints.progress().0;
+        match ledger.commit(device).await? {
+            Committed::Done => return Ok(()),
+            // A checkpoint that began before this request does not cover it: so the commit is tried again.
+            Committed::JournalFull => checkpoints.write_after(seen, ledger, device).await?,
         }
     }
 }

@@ -13,7 +13,7 @@ pub(crate) use counters::Counters;
 pub(crate) use flush::flush;
 pub(crate) use range_lock::{RangeGuard, RangeLocks};
 
-use crate::checkpoint::{Checkpoints, Ending};
+use crate::checkpoint::Checkpoints;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::journal::{Draft, Ledger};
@@ -48,12 +48,9 @@ impl<D: Device> Io<'_, D> {
                     if self.ledger.look(|metadata| metadata.space.pending_blocks()) == 0 {
                         return Err(error);
                     }
-                    // Somebody else's checkpoint serves as well.
-                    if self.checkpoints.progress().0 == before {
-                        self.checkpoints
-                            .write(self.ledger, self.device, Ending::GoOn, |_| {})
-                            .await?;
-                    }
+                    self.checkpoints
+                        .write_after(before, self.ledger, self.device)
+                        .await?;
                 }
                 other => return other,
             }
