@@ -1,6 +1,17 @@
-//! Little-endian fields written to and read from a byte slice, in order; running off the end is an error, not a panic.
+//! Little-endian fields written to and read from a byte slice, in order, and the checksum over them; running off the end is an
+//! error, not a panic.
 
 use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// The CRC of a block with the field that holds it taken as zeros.
+pub(crate) fn crc_without(block: &[u8], field: Range<usize>) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(block.get(..field.start).unwrap_or_default());
+    hasher.update(&[0; 4]);
+    hasher.update(block.get(field.end..).unwrap_or_default());
+    hasher.finalize()
+}
 
 /// Writes fields one after the other into a slice that the caller made large enough.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 //! A block is part of the journal if its CRC holds, its number is the next one, and the CRC it names is that of the
 //! block before it. The chain makes blocks that an earlier, interrupted commit left further on worthless.
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc_without};
 use super::record::{RECORD_BYTES_MAX, Record};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_LEN, PoolId, Seq};
@@ -108,7 +108,7 @@ pub(crate) fn encode_blocks(
         writer.u64(header.batch);
         writer.u64(header.session);
         writer.bytes(framed.get(..taken).unwrap_or_default());
-        let crc = crc_of(&block);
+        let crc = crc_without(&block, CRC_AT);
         if let Some(field) = block.get_mut(CRC_AT) {
             field.copy_from_slice(&crc.to_le_bytes());
         }
@@ -135,7 +135,7 @@ pub(crate) fn decode_block(
         && reader.u64()? == header.number
         && reader.u64()? == header.first_seq.0
         && reader.u32()? == header.chain;
-    if !is_next || crc != crc_of(block) {
+    if !is_next || crc != crc_without(block, CRC_AT) {
         return Ok(None);
     }
     let length = usize::from(reader.u16()?);
@@ -146,22 +146,15 @@ pub(crate) fn decode_block(
 /// For any block: its number and its commit's first, if it is a whole journal block of the pool.
 pub(crate) fn decode_number(block: &[u8; BLOCK_LEN], pool: PoolId) -> Result<Option<(u64, u64)>> {
     let mut reader = Reader::new(block);
-    let is_ours =
-        reader.u32()? == MAGIC && reader.u32()? == crc_of(block) && reader.array()? == pool.0;
+    let is_ours = reader.u32()? == MAGIC
+        && reader.u32()? == crc_without(block, CRC_AT)
+        && reader.array()? == pool.0;
     if !is_ours {
         return Ok(None);
     }
     let number = reader.u64()?;
     reader.bytes(16)?;
     Ok(Some((number, reader.u64()?)))
-}
-
-fn crc_of(block: &[u8; BLOCK_LEN]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(block.get(..CRC_AT.start).unwrap_or_default());
-    hasher.update(&[0; 4]);
-    hasher.update(block.get(CRC_AT.end..).unwrap_or_default());
-    hasher.finalize()
 }
 
 #[cfg(test)]

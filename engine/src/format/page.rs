@@ -2,7 +2,7 @@
 //! Under its CRC stand the pool, the page's own address and its generation, so that a flipped bit, a lost write, a
 //! stale copy and a misdirected write are all told from the page that its pointer names.
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc_without};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_LEN, Generation, Pba, PoolId};
 
@@ -89,7 +89,7 @@ pub(crate) fn seal(page: &mut PageBytes, identity: PageIdentity) {
     if let Some(place) = page.first_chunk_mut() {
         *place = header;
     }
-    let crc = crc_of(page);
+    let crc = crc_without(page, CRC_AT);
     if let Some(place) = page.get_mut(CRC_AT) {
         place.copy_from_slice(&crc.to_le_bytes());
     }
@@ -104,7 +104,7 @@ pub(crate) fn verify(page: &PageBytes, identity: PageIdentity) -> Result<Reader<
     if reader.u32()? != MAGIC {
         return damaged("is not a metadata page (never written, or overwritten)");
     }
-    if reader.u32()? != crc_of(page) {
+    if reader.u32()? != crc_without(page, CRC_AT) {
         return damaged("its checksum does not match");
     }
     if reader.array()? != identity.pool.0 {
@@ -125,14 +125,6 @@ pub(crate) fn verify(page: &PageBytes, identity: PageIdentity) -> Result<Reader<
     }
     reader.bytes(HEADER_BYTES - 42)?;
     Ok(reader)
-}
-
-fn crc_of(page: &PageBytes) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(page.get(..CRC_AT.start).unwrap_or_default());
-    hasher.update(&[0; 4]);
-    hasher.update(page.get(CRC_AT.end..).unwrap_or_default());
-    hasher.finalize()
 }
 
 /// The body of a page that is being filled in.

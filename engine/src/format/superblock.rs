@@ -1,7 +1,7 @@
 //! The superblock: where everything begins. Two copies hold the same, written one after the other with a flush between,
 //! so that one of them is whole at any moment.
 
-use super::bytes::{Reader, Writer};
+use super::bytes::{Reader, Writer, crc_without};
 use super::counts::{ENTRY_BYTES, IndexEntry};
 use super::layout::{TOP_ENTRIES, journal, usable_blocks};
 use super::page::PagePtr;
@@ -86,7 +86,7 @@ impl Superblock {
         for entry in self.counts.iter() {
             entry.encode(&mut top);
         }
-        let crc = crc_of(&block);
+        let crc = crc_without(&block, CRC_AT);
         if let Some(field) = block.get_mut(CRC_AT) {
             field.copy_from_slice(&crc.to_le_bytes());
         }
@@ -184,7 +184,7 @@ fn check_header(block: &[u8; BLOCK_LEN], place: Pba) -> Result<Reader<'_>> {
     let damaged = |fact: &str| Error::corrupt(format!("superblock: {fact}")).at_pba(place);
     let version = reader.u32()?;
     let crc = reader.u32()?;
-    if crc != crc_of(block) {
+    if crc != crc_without(block, CRC_AT) {
         return Err(damaged("its checksum does not match"));
     }
     if version != VERSION {
@@ -215,14 +215,6 @@ fn check_header(block: &[u8; BLOCK_LEN], place: Pba) -> Result<Reader<'_>> {
         return Err(damaged("was written for another place"));
     }
     Ok(reader)
-}
-
-fn crc_of(block: &[u8; BLOCK_LEN]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(block.get(..CRC_AT.start).unwrap_or_default());
-    hasher.update(&[0; 4]);
-    hasher.update(block.get(CRC_AT.end..).unwrap_or_default());
-    hasher.finalize()
 }
 
 #[cfg(test)]
@@ -275,7 +267,7 @@ mod tests {
         for (at, word) in [(8, "version 2"), (16, "bit 3"), (24, "bit 3")] {
             let mut block = example().encode(Pba(0));
             block[at] = if at == 8 { 2 } else { 8 };
-            let crc = crc_of(&block);
+            let crc = crc_without(&block, CRC_AT);
             block[CRC_AT].copy_from_slice(&crc.to_le_bytes());
             let error = Superblock::decode(&block, Pba(0), POOL_BLOCKS_MIN).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Unsupported);
