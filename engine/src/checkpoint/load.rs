@@ -19,7 +19,7 @@ pub(crate) async fn load<D: Device>(device: &D, superblock: &Superblock) -> Resu
         id: superblock.id,
         space: SpaceMap::new(superblock.blocks, superblock.journal),
         map: MapStore::new(superblock.generation.next()),
-        catalog: Catalog::new(superblock.next_id),
+        catalog: Catalog::new(superblock.name.clone(), superblock.next_id),
         catalog_places: Vec::new(),
     };
     load_space(device, superblock, &mut metadata.space).await?;

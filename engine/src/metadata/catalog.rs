@@ -21,8 +21,10 @@ pub(crate) struct Volume {
 }
 
 /// All volumes, snapshots and removed trees.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Catalog {
+    /// The pool's name, for messages.
+    pool: Name,
     volumes: FxHashMap<VolumeId, Volume>,
     by_name: BTreeMap<Name, VolumeId>,
     /// By volume, then by name.
@@ -35,10 +37,17 @@ pub(crate) struct Catalog {
 }
 
 impl Catalog {
-    pub(crate) fn new(next_id: u64) -> Self {
+    pub(crate) fn new(pool: Name, next_id: u64) -> Self {
         Self {
+            pool,
+            volumes: FxHashMap::default(),
+            by_name: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
+            reclaiming: BTreeSet::new(),
+            slots: Vec::new(),
+            free_slots: BTreeSet::new(),
+            dirty_pages: BTreeSet::new(),
             next_id: next_id.max(1),
-            ..Self::default()
         }
     }
 
@@ -70,8 +79,12 @@ impl Catalog {
 
     /// The volume or snapshot that `path` names.
     pub(crate) fn find(&self, path: &VolumePath) -> Result<&Volume> {
-        let missing =
-            |what: &str| Error::with(ErrorKind::NotFound, format!("{path}: no such {what}"));
+        let missing = |what: &str| {
+            Error::with(
+                ErrorKind::NotFound,
+                format!("{}/{path}: no such {what}", self.pool),
+            )
+        };
         let volume = self
             .by_name
             .get(&path.volume)
@@ -150,7 +163,7 @@ impl Catalog {
         match taken {
             Some(name) => Err(Error::with(
                 ErrorKind::AlreadyExists,
-                format!("{name}: exists already"),
+                format!("{}/{name}: exists already", self.pool),
             )),
             None => Ok(()),
         }
