@@ -29,6 +29,8 @@ struct Content {
     now: BTreeMap<u64, Stamp>,
     /// Everything that each block held since the last flush, the value at that flush included.
     window: BTreeMap<u64, BTreeSet<Stamp>>,
+    /// What the request that failed last would have left: it may have taken effect.
+    unsure: BTreeMap<u64, Stamp>,
 }
 
 impl Content {
@@ -269,8 +271,10 @@ impl Pair {
                     let old = content.get(lba);
                     content.set(lba, stamp_of(block));
                     content.now.insert(lba, old);
+                    content.unsure.insert(lba, stamp_of(block));
                 }
                 if error.kind() == ErrorKind::OutOfSpace {
+                    content.unsure.clear();
                     self.adopt(&volume, start, count);
                     return false;
                 }
@@ -529,12 +533,8 @@ impl Pair {
     fn crash(&mut self, loss: Loss) {
         // Nothing but the last operation may be under way when it happens.
         let with_power = loss == Loss::None && self.ring.is_some();
-        let before: (BTreeMap<_, _>, BTreeMap<_, _>) =
-            (self.volumes.clone(), self.snapshots.clone());
         self.device.fail_after(self.rng.u64(..12));
-        let mut unsure = None;
         for _ in 0..20 {
-            let state = (self.volumes.clone(), self.snapshots.clone());
             // Only block changes, flushes and background work: what a failed command left is compared elsewhere.
             let failed = match self.rng.u8(..4) {
                 0 => self.flush(),
@@ -542,11 +542,9 @@ impl Pair {
                 _ => self.change_blocks(),
             };
             if failed {
-                unsure = Some(state);
                 break;
             }
         }
-        drop((before, unsure));
         self.attached.clear();
         self.pool = None;
         let mut rng = self.rng.fork();
@@ -567,6 +565,7 @@ impl Pair {
         for volume in names {
             let attached = self.attached(&volume);
             let content = self.volumes.get_mut(&volume).unwrap();
+            let unsure = std::mem::take(&mut content.unsure);
             let mut buffer = BlockBuf::zeroed(1);
             for (lba, window) in std::mem::take(&mut content.window) {
                 if lba >= content.blocks {
@@ -579,10 +578,9 @@ impl Pair {
                     "{volume} block {lba}: {stamp} is not in {window:?}"
                 );
                 let expected = content.now.get(&lba).copied().unwrap_or(0);
-                // The last request may have failed after it took effect; its stamp is the youngest.
-                let is_youngest = window.last() == Some(&stamp);
+                let is_failed_request = unsure.get(&lba) == Some(&stamp);
                 assert!(
-                    !nothing_lost || stamp == expected || is_youngest || stamp == 0,
+                    !nothing_lost || stamp == expected || is_failed_request,
                     "{volume} block {lba}: {stamp} instead of {expected}, though only the process died"
                 );
                 content.now.insert(lba, stamp);

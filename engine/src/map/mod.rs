@@ -206,7 +206,7 @@ impl MapStore {
     }
 }
 
-/// Raises a root until it spans `blocks`; it holds what it held.
+/// Refuses a level that no map has.
 fn level_matches(level: u8) -> Result<(), Fault> {
     if level > LEVEL_MAX {
         return Err(Error::corrupt("a map deeper than maps can be").into());
