@@ -7,6 +7,7 @@
 )]
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -132,7 +133,8 @@ impl Machine {
             .expect("ublkctl starts");
         let daemon = Daemon { child };
         for _ in 0..500 {
-            if self.socket().exists() {
+            // A killed daemon's socket is still there, but nobody listens behind it.
+            if UnixStream::connect(self.socket()).is_ok() {
                 return daemon;
             }
             thread::sleep(Duration::from_millis(20));
