@@ -3,5 +3,6 @@
 pub mod fixture;
 pub mod guest;
 pub mod model;
+pub mod parallel;
 pub mod scheduler;
 pub mod sim_device;

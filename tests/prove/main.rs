@@ -1,0 +1,70 @@
+//! `prove`: the rows of the scorecard that run in this process, on a simulated device. One file per row.
+
+mod model;
+
+use clap::{Parser, Subcommand};
+use score::{Card, Figure};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Runs rows of the scorecard, prints `metric value target pass`, and exits with 1 if one falls short.
+#[derive(Debug, Parser)]
+#[command(name = "prove", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    row: Row,
+    /// A sample, held against a sample's target
+    #[arg(long, global = true)]
+    quick: bool,
+    /// Write the figures here too, as JSON
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// The first seed
+    #[arg(long, global = true, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Debug, Subcommand)]
+enum Row {
+    /// R9: random operations against a model
+    Model(model::Options),
+}
+
+/// What every row is told.
+#[derive(Clone, Copy, Debug)]
+struct Common {
+    quick: bool,
+    seed: u64,
+}
+
+impl Common {
+    fn card(self, row: &'static str) -> Card {
+        Card::new(row, self.quick, Some(self.seed))
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let common = Common {
+        quick: arguments.quick,
+        seed: arguments.seed,
+    };
+    let figures = match &arguments.row {
+        Row::Model(options) => model::run(common, options).into_figures(),
+    };
+    report(&figures, arguments.json)
+}
+
+fn report(figures: &[Figure], json: Option<PathBuf>) -> ExitCode {
+    let printed = score::print(figures, &mut std::io::stdout());
+    let written = json.map_or(Ok(()), |path| score::write_json(figures, &path));
+    if let Err(error) = printed.and(written) {
+        eprintln!("prove: {error}");
+        return ExitCode::FAILURE;
+    }
+    if score::all_pass(figures) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
