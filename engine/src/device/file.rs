@@ -8,7 +8,7 @@
     reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std"
 )]
 
-use super::Device;
+use super::SystemCalls;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
 use std::fs::{File, OpenOptions};
@@ -245,43 +245,26 @@ impl FileDevice {
     pub fn file(&self) -> &Arc<PoolFile> {
         &self.file
     }
-
-    fn failed(&self, source: io::Error, operation: &str, offset: u64) -> Error {
-        if source.kind() == io::ErrorKind::UnexpectedEof {
-            return Error::corrupt(format!(
-                "{}: ends before byte {offset}, which the pool uses; it was truncated",
-                self.file.path.display()
-            ));
-        }
-        Error::io(
-            source,
-            format!(
-                "{}: {operation} at byte {offset} failed",
-                self.file.path.display()
-            ),
-        )
-    }
 }
 
-impl Device for FileDevice {
-    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let done = self.file.file.read_exact_at(buffer, offset);
-        done.map_err(|e| self.failed(e, "read", offset))
+impl SystemCalls for FileDevice {
+    fn path(&self) -> &Path {
+        &self.file.path
     }
 
-    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
-        let done = self.file.file.write_all_at(buffer, offset);
-        done.map_err(|e| self.failed(e, "write", offset))
+    async fn read_once(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.file.read_at(buffer, offset)
     }
 
-    async fn flush(&self) -> Result<()> {
-        self.file
-            .file
-            .sync_data()
-            .map_err(|e| self.failed(e, "flush", 0))
+    async fn write_once(&self, offset: u64, buffer: &[u8]) -> io::Result<usize> {
+        self.file.file.write_at(buffer, offset)
     }
 
-    async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {
+    async fn sync_once(&self) -> io::Result<()> {
+        self.file.file.sync_data()
+    }
+
+    async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let fd = self.file.as_raw_fd();
         let failed = if self.file.is_block_device {
             let range = [offset, bytes];
@@ -290,7 +273,7 @@ impl Device for FileDevice {
         } else {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else {
-                return Err(Error::new(ErrorKind::Invalid));
+                return Err(io::ErrorKind::InvalidInput.into());
             };
             // SAFETY: fallocate takes integers; the descriptor is open.
             unsafe { libc::fallocate(fd, mode, offset, bytes) != 0 }
@@ -300,9 +283,8 @@ impl Device for FileDevice {
         }
         let source = io::Error::last_os_error();
         match source.raw_os_error() {
-            // A discard is advice: a file system or a device that cannot take it loses nothing.
             Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS) => Ok(()),
-            _ => Err(self.failed(source, "discard", offset)),
+            _ => Err(source),
         }
     }
 }

@@ -3,9 +3,11 @@
 
 pub mod buffer;
 pub mod file;
+pub mod whole;
 
 pub use buffer::BlockBuf;
 pub use file::{Access, FileDevice, PoolFile};
+pub use whole::SystemCalls;
 
 use crate::error::Result;
 

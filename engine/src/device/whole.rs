@@ -1,0 +1,139 @@
+//! Whole transfers out of single system calls, which the kernel may cut short, interrupt or put off.
+
+use super::Device;
+use crate::error::{Error, Result};
+use std::io;
+use std::path::Path;
+
+/// How often the kernel may put one transfer off before that counts as an error.
+const RETRIES_MAX: u32 = 1000;
+
+/// The system calls of a pool file, each tried once; [`Device`] is built on them for whoever has them.
+#[expect(
+    async_fn_in_trait,
+    reason = "each thread drives its own futures; none crosses threads"
+)]
+pub trait SystemCalls {
+    /// The pool file, for messages.
+    fn path(&self) -> &Path;
+
+    /// `pread(2)`: fills a part of `buffer`, 0 bytes at the end of the file.
+    async fn read_once(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// `pwrite(2)`: writes a part of `buffer`.
+    async fn write_once(&self, offset: u64, buffer: &[u8]) -> io::Result<usize>;
+
+    /// `fdatasync(2)`.
+    async fn sync_once(&self) -> io::Result<()>;
+
+    /// Frees the bytes below; success also where the file system or the device cannot, since a discard is advice.
+    async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()>;
+}
+
+/// Counts how often an operation was put off.
+struct Patience {
+    left: u32,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self { left: RETRIES_MAX }
+    }
+
+    /// The result, or none if the call is to be made again.
+    fn judge<T>(&mut self, result: io::Result<T>) -> io::Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if is_put_off(&error) && self.left > 0 => {
+                self.left -= 1;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn is_put_off(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+    )
+}
+
+#[cold]
+fn failed(path: &Path, source: io::Error, operation: &str, offset: u64) -> Error {
+    Error::io(
+        source,
+        format!("{}: {operation} at byte {offset} failed", path.display()),
+    )
+}
+
+#[cold]
+fn truncated(path: &Path, offset: u64) -> Error {
+    Error::corrupt(format!(
+        "{}: ends before byte {offset}, which the pool uses; it was truncated",
+        path.display()
+    ))
+}
+
+impl<C: SystemCalls> Device for C {
+    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let mut patience = Patience::new();
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            let result = self.read_once(at, &mut buffer[done..]).await;
+            match patience
+                .judge(result)
+                .map_err(|e| failed(self.path(), e, "read", at))?
+            {
+                Some(0) => return Err(truncated(self.path(), at)),
+                Some(bytes) => done += bytes,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+        let mut patience = Patience::new();
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            let result = self.write_once(at, &buffer[done..]).await;
+            let failed = |source| failed(self.path(), source, "write", at);
+            match patience.judge(result).map_err(failed)? {
+                Some(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
+                Some(bytes) => done += bytes,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let mut patience = Patience::new();
+        loop {
+            let judged = patience.judge(self.sync_once().await);
+            if judged
+                .map_err(|e| failed(self.path(), e, "flush", 0))?
+                .is_some()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {
+        let mut patience = Patience::new();
+        loop {
+            let judged = patience.judge(self.punch_once(offset, bytes).await);
+            if judged
+                .map_err(|e| failed(self.path(), e, "discard", offset))?
+                .is_some()
+            {
+                return Ok(());
+            }
+        }
+    }
+}
