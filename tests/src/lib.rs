@@ -2,7 +2,9 @@
 
 pub mod fixture;
 pub mod guest;
+pub mod image;
 pub mod model;
 pub mod parallel;
 pub mod scheduler;
 pub mod sim_device;
+pub mod tape;

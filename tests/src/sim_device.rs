@@ -1,9 +1,15 @@
-//! A device in memory with a volatile cache that a power cut takes, in whole, in part, or torn.
+//! A device in memory: a volatile cache that a power cut takes, in whole, in part, or torn, and calls that fail.
+//!
+//! It offers single system calls, as a file does, so that what makes transfers whole is the engine's own.
 
-use blockfork::device::Device;
-use blockfork::error::{Error, ErrorKind, Result};
+use crate::image::{BLOCK, Image};
+use crate::tape::{Action, Operation, Tape, Tick};
+use blockfork::device::SystemCalls;
 use fastrand::Rng;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
 use std::rc::Rc;
 
 /// What became of the writes that no flush covered.
@@ -17,17 +23,47 @@ pub enum Loss {
     Some,
 }
 
+/// How a call fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FaultKind {
+    /// `EIO`, and nothing was done.
+    Io,
+    /// `ENOSPC`, and nothing was done.
+    NoSpace,
+    /// A transfer ends after one sector, with success.
+    Short,
+    /// `EINTR`, and nothing was done.
+    Interrupted,
+}
+
+/// When and how calls fail.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// The first call that fails, counted from 0 over the device's life.
+    pub call: u64,
+    /// How.
+    pub kind: FaultKind,
+    /// Whether every later call fails too.
+    pub is_sticky: bool,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    live: Vec<u8>,
-    durable: Vec<u8>,
+    live: Image,
+    durable: Image,
     /// What it writes whole or not at all, in bytes: its physical sector.
     sector: usize,
-    /// Sectors written since the last flush.
-    dirty: std::collections::BTreeSet<usize>,
-    operations: u64,
-    fails_after: Option<u64>,
+    /// Sectors that no flush has covered: when each was first written since the last flush, and when last.
+    dirty: BTreeMap<usize, (Tick, Tick)>,
+    /// When the last flush that ended began.
+    flushed: Tick,
+    calls: u64,
+    fault: Option<Fault>,
+    /// Calls that failed or were cut short.
+    faults: u64,
     flushes: u64,
+    clock: Tick,
+    tape: Option<Tape>,
 }
 
 /// The simulated device; clones share it.
@@ -37,15 +73,19 @@ pub struct SimDevice(Rc<RefCell<State>>);
 impl SimDevice {
     /// A device of `blocks` blocks of zeros, which tears writes at 4096 bytes.
     pub fn new(blocks: u64) -> Self {
-        Self::with_sector(blocks, 4096)
+        Self::with_sector(blocks, BLOCK)
     }
 
     /// A device of `blocks` blocks of zeros, which tears writes at `sector` bytes.
     pub fn with_sector(blocks: u64, sector: usize) -> Self {
-        let bytes = usize::try_from(blocks).unwrap() * 4096;
+        Self::from_image(Image::zeros(blocks), sector)
+    }
+
+    /// A device that holds `image`, all of it durable.
+    pub fn from_image(image: Image, sector: usize) -> Self {
         Self(Rc::new(RefCell::new(State {
-            live: vec![0; bytes],
-            durable: vec![0; bytes],
+            durable: image.clone(),
+            live: image,
             sector,
             ..State::default()
         })))
@@ -53,20 +93,33 @@ impl SimDevice {
 
     /// Its size.
     pub fn blocks(&self) -> u64 {
-        self.0.borrow().live.len() as u64 / 4096
+        (self.0.borrow().live.bytes() / BLOCK) as u64
     }
 
-    /// Makes it larger.
+    /// Its bytes as a read finds them.
+    pub fn image(&self) -> Image {
+        self.0.borrow().live.clone()
+    }
+
+    /// Makes it larger; a crash may undo that until the next flush.
     pub fn grow(&self, blocks: u64) {
-        let mut state = self.0.borrow_mut();
-        let bytes = usize::try_from(blocks).unwrap() * 4096;
-        state.live.resize(bytes, 0);
-        state.durable.resize(bytes, 0);
+        let mut guard = self.0.borrow_mut();
+        let state = &mut *guard;
+        state.live.grow(blocks);
+        state.durable.grow(blocks);
+        let (begun, ended) = (state.tick(), state.tick());
+        if let Some(tape) = &mut state.tape {
+            tape.operations.push(Operation {
+                action: Action::Grow(blocks),
+                begun,
+                ended: Some(ended),
+            });
+        }
     }
 
-    /// Operations so far.
+    /// Calls so far.
     pub fn operations(&self) -> u64 {
-        self.0.borrow().operations
+        self.0.borrow().calls
     }
 
     /// Flushes so far.
@@ -74,28 +127,68 @@ impl SimDevice {
         self.0.borrow().flushes
     }
 
+    /// Calls that failed or were cut short so far.
+    pub fn faults(&self) -> u64 {
+        self.0.borrow().faults
+    }
+
+    /// A new moment on the clock that also numbers what the tape holds.
+    pub fn tick(&self) -> Tick {
+        self.0.borrow_mut().tick()
+    }
+
+    /// Everything is durable, and what comes is recorded.
+    pub fn record(&self) {
+        let mut state = self.0.borrow_mut();
+        state.settle();
+        state.tape = Some(Tape {
+            base: state.live.clone(),
+            operations: Vec::new(),
+        });
+    }
+
+    /// Ends the recording.
+    pub fn take_tape(&self) -> Tape {
+        let mut state = self.0.borrow_mut();
+        state.tape.take().expect("a recording is under way")
+    }
+
     /// Every operation after so many more fails, as if the power were gone.
     pub fn fail_after(&self, operations: u64) {
-        let mut state = self.0.borrow_mut();
-        state.fails_after = Some(state.operations + operations);
+        let call = self.operations() + operations;
+        self.fail(Fault {
+            call,
+            kind: FaultKind::Io,
+            is_sticky: true,
+        });
+    }
+
+    /// Calls fail as said.
+    pub fn fail(&self, fault: Fault) {
+        self.0.borrow_mut().fault = Some(fault);
+    }
+
+    /// Nothing fails any more.
+    pub fn heal(&self) {
+        self.0.borrow_mut().fault = None;
     }
 
     /// The power comes back: what is there is what the loss left.
     pub fn restart(&self, loss: Loss, rng: &mut Rng) {
         let mut guard = self.0.borrow_mut();
         let state = &mut *guard;
-        state.fails_after = None;
-        for sector in std::mem::take(&mut state.dirty) {
-            let range = sector * state.sector..(sector + 1) * state.sector;
+        state.fault = None;
+        for sector in std::mem::take(&mut state.dirty).into_keys() {
             let stays = match loss {
                 Loss::All => false,
                 Loss::None => true,
                 Loss::Some => rng.bool(),
             };
+            let at = sector * state.sector;
             if stays {
-                state.durable[range.clone()].copy_from_slice(&state.live[range]);
+                state.durable.copy_from(&state.live, at, state.sector);
             } else {
-                state.live[range.clone()].copy_from_slice(&state.durable[range]);
+                state.live.copy_from(&state.durable, at, state.sector);
             }
         }
     }
@@ -103,21 +196,83 @@ impl SimDevice {
     /// The bytes as they are, for a test that damages them.
     pub fn with_bytes<T>(&self, change: impl FnOnce(&mut [u8]) -> T) -> T {
         let mut state = self.0.borrow_mut();
-        let value = change(&mut state.live);
-        state.durable = state.live.clone();
+        let mut bytes = state.live.to_vec();
+        let value = change(&mut bytes);
+        state.live = Image::from(bytes.as_slice());
+        state.settle();
         value
     }
 
-    fn begin(&self) -> Result<()> {
+    /// Begins a call: how it is to fail, if it is.
+    fn begin(&self) -> Option<FaultKind> {
         let mut state = self.0.borrow_mut();
-        if state
-            .fails_after
-            .is_some_and(|limit| state.operations >= limit)
-        {
-            return Err(Error::with(ErrorKind::Io, "the simulated power is gone"));
+        let call = state.calls;
+        state.calls += 1;
+        let fault = state.fault?;
+        let is_hit = call == fault.call || fault.is_sticky && call > fault.call;
+        state.faults += u64::from(is_hit);
+        is_hit.then_some(fault.kind)
+    }
+
+    /// Puts an operation on the tape; its place there.
+    fn submit(&self, action: impl FnOnce() -> Action) -> Option<usize> {
+        let mut guard = self.0.borrow_mut();
+        let state = &mut *guard;
+        let begun = state.tick();
+        let tape = state.tape.as_mut()?;
+        tape.operations.push(Operation {
+            action: action(),
+            begun,
+            ended: None,
+        });
+        Some(tape.operations.len() - 1)
+    }
+
+    fn complete(&self, place: Option<usize>) {
+        let mut guard = self.0.borrow_mut();
+        let state = &mut *guard;
+        let ended = state.tick();
+        if let (Some(place), Some(tape)) = (place, state.tape.as_mut()) {
+            tape.operations[place].ended = Some(ended);
         }
-        state.operations += 1;
-        Ok(())
+    }
+}
+
+impl State {
+    fn tick(&mut self) -> Tick {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn settle(&mut self) {
+        self.dirty.clear();
+        self.durable = self.live.clone();
+    }
+
+    /// Ends a flush that began at `begun`, when the bytes were `snapshot`: what was written since may be left out.
+    fn flush(&mut self, begun: Tick, snapshot: &Image) {
+        self.flushes += 1;
+        if begun < self.flushed {
+            // One that began later covered all of it.
+            return;
+        }
+        self.flushed = begun;
+        let (durable, sector_bytes) = (&mut self.durable, self.sector);
+        self.dirty.retain(|sector, (first, last)| {
+            if *first < begun {
+                durable.copy_from(snapshot, sector * sector_bytes, sector_bytes);
+                *first = begun;
+            }
+            *last >= begun
+        });
+    }
+
+    fn soil(&mut self, at: usize, bytes: usize) {
+        let sectors = at / self.sector..(at + bytes).div_ceil(self.sector);
+        let now = self.tick();
+        for sector in sectors {
+            self.dirty.entry(sector).or_insert((now, now)).1 = now;
+        }
     }
 }
 
@@ -126,49 +281,83 @@ async fn yield_now() {
     futures_lite::future::yield_now().await;
 }
 
-impl Device for SimDevice {
-    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        yield_now().await;
-        self.begin()?;
-        let at = usize::try_from(offset).unwrap();
-        buffer.copy_from_slice(&self.0.borrow().live[at..at + buffer.len()]);
-        Ok(())
+fn error(number: i32) -> io::Error {
+    io::Error::from_raw_os_error(number)
+}
+
+/// How many bytes of a transfer a fault lets through, or its error.
+fn judge(fault: Option<FaultKind>, bytes: usize) -> io::Result<usize> {
+    match fault {
+        None => Ok(bytes),
+        Some(FaultKind::Short) => Ok(bytes.min(512)),
+        Some(FaultKind::Io) => Err(error(EIO)),
+        Some(FaultKind::NoSpace) => Err(error(ENOSPC)),
+        Some(FaultKind::Interrupted) => Err(error(EINTR)),
+    }
+}
+
+/// Error numbers of `asm-generic/errno-base.h`.
+const EINTR: i32 = 4;
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
+impl SystemCalls for SimDevice {
+    fn path(&self) -> &Path {
+        Path::new("simulated")
     }
 
-    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+    async fn read_once(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
         yield_now().await;
-        self.begin()?;
+        // A read never lacks room.
+        let fault = self.begin().filter(|kind| *kind != FaultKind::NoSpace);
+        let count = judge(fault, buffer.len())?;
+        let at = usize::try_from(offset).unwrap();
+        self.0.borrow().live.read(at, &mut buffer[..count]);
+        Ok(count)
+    }
+
+    async fn write_once(&self, offset: u64, buffer: &[u8]) -> io::Result<usize> {
+        let fault = self.begin();
+        let count = judge(fault, buffer.len());
+        let data = &buffer[..*count.as_ref().unwrap_or(&0)];
+        let at = usize::try_from(offset).unwrap();
+        let place = self.submit(|| Action::Write(at, data.into()));
+        yield_now().await;
         let mut state = self.0.borrow_mut();
+        state.live.write(at, data);
+        state.soil(at, data.len());
+        drop(state);
+        self.complete(place);
+        count
+    }
+
+    async fn sync_once(&self) -> io::Result<()> {
+        let fault = self.begin().filter(|kind| *kind != FaultKind::Short);
+        judge(fault, 0)?;
+        let place = self.submit(|| Action::Flush);
+        let begun = self.tick();
+        let snapshot = self.image();
+        yield_now().await;
+        self.0.borrow_mut().flush(begun, &snapshot);
+        self.complete(place);
+        Ok(())
+    }
+
+    async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let fault = self.begin().filter(|kind| *kind != FaultKind::Short);
+        judge(fault, 0)?;
         let at = usize::try_from(offset).unwrap();
-        state.live[at..at + buffer.len()].copy_from_slice(buffer);
-        let sectors = at / state.sector..(at + buffer.len()).div_ceil(state.sector);
-        state.dirty.extend(sectors);
-        Ok(())
-    }
-
-    async fn flush(&self) -> Result<()> {
+        let bytes = usize::try_from(bytes).unwrap();
+        let place = self.submit(|| Action::Discard(at, bytes));
         yield_now().await;
-        self.begin()?;
-        let mut guard = self.0.borrow_mut();
-        let state = &mut *guard;
-        state.flushes += 1;
-        for sector in std::mem::take(&mut state.dirty) {
-            let range = sector * state.sector..(sector + 1) * state.sector;
-            state.durable[range.clone()].copy_from_slice(&state.live[range]);
-        }
-        Ok(())
-    }
-
-    async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {
-        yield_now().await;
-        self.begin()?;
         let mut state = self.0.borrow_mut();
-        let at = usize::try_from(offset).unwrap();
-        let end = at + usize::try_from(bytes).unwrap();
         // What a discarded block reads as is unspecified: something nobody wrote.
-        state.live[at..end].fill(0xde);
-        let sectors = at / state.sector..end.div_ceil(state.sector);
-        state.dirty.extend(sectors);
+        for start in (at..at + bytes).step_by(BLOCK) {
+            state.live.write(start, &[0xde; BLOCK]);
+        }
+        state.soil(at, bytes);
+        drop(state);
+        self.complete(place);
         Ok(())
     }
 }
