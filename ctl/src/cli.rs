@@ -4,6 +4,7 @@ use crate::output::Format;
 use crate::size;
 use blockfork::name::{Name, Target, VolumePath};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 /// Volumes that fork: create, snapshot, clone, roll back and attach them as block devices
@@ -83,6 +84,12 @@ pub(crate) enum Command {
     },
     /// Serve a volume, or a snapshot read-only, as a block device and print its path
     Attach(Attach),
+    /// Serve a volume, or a snapshot read-only, over NBD and print its URI
+    ///
+    /// It is served until SIGINT or SIGTERM ends the command; by then everything is durable. Needs no ublk. Without
+    /// options, clients connect to a unix socket that is its owner's alone. Over TCP there is neither encryption nor a
+    /// password: whoever connects has the volume.
+    ServeNbd(ServeNbd),
     /// Take block devices away; refused while they are mounted or open
     Detach(Detach),
     /// List volumes and snapshots
@@ -276,6 +283,23 @@ pub(crate) struct Attach {
     pub(crate) depth: u16,
 }
 
+/// Options of `serve-nbd`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeNbd {
+    /// POOL/VOLUME or POOL/VOLUME@SNAPSHOT
+    #[arg(value_name = "POOL/VOLUME[@SNAPSHOT]", value_parser = path_target)]
+    pub(crate) target: PathTarget,
+    /// Refuse writes, as a snapshot always does
+    #[arg(long, visible_alias = "ro")]
+    pub(crate) read_only: bool,
+    /// The unix socket to listen on [default: one in `$UBLKCTL_RUNTIME_DIR`]
+    #[arg(long, value_name = "PATH", conflicts_with = "listen")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Listen on TCP: PORT or ADDRESS:PORT; on 127.0.0.1 unless another address is named
+    #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = listen_address)]
+    pub(crate) listen: Option<SocketAddr>,
+}
+
 /// Options of `detach`.
 #[derive(Debug, Args)]
 pub(crate) struct Detach {
@@ -324,7 +348,7 @@ pub(crate) enum Column {
     Unique,
     /// What it maps together with others
     Shared,
-    /// The block device that serves it
+    /// The block device, or the URI, that serves it
     Device,
     /// Its age
     Created,
@@ -401,6 +425,23 @@ fn snapshot_target(text: &str) -> Result<PathTarget, blockfork::error::Error> {
     }
 }
 
+/// `PORT`, `:PORT` or `ADDRESS:PORT`. Only who names another address is heard by others than this machine.
+fn listen_address(text: &str) -> Result<SocketAddr, blockfork::error::Error> {
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    if matches!(host, "" | "localhost")
+        && let Ok(port) = port.parse()
+    {
+        return Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    }
+    let refused = |_| {
+        refuse(
+            text,
+            "is no address; write PORT, or ADDRESS:PORT with numbers",
+        )
+    };
+    text.parse().or_else(refused)
+}
+
 fn sector_bytes(text: &str) -> Result<u32, blockfork::error::Error> {
     match text {
         "512" => Ok(512),
@@ -417,6 +458,27 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn only_this_machine_is_heard_unless_another_address_is_named() {
+        for text in ["10809", ":10809", "localhost:10809", "127.0.0.1:10809"] {
+            let address = listen_address(text).unwrap();
+            assert_eq!(address.to_string(), "127.0.0.1:10809", "{text}");
+        }
+        assert_eq!(listen_address("[::]:1").unwrap().to_string(), "[::]:1");
+        for text in [
+            "",
+            ":",
+            "70000",
+            "example.org:1",
+            "0.0.0.0",
+            "::",
+            "-1",
+            " 1",
+        ] {
+            assert!(listen_address(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -13,8 +13,12 @@ use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
 use blockfork::pool::{OpenOptions, Pool, RingPlace};
 use futures_lite::future::block_on;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::net::Shutdown;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -59,7 +63,7 @@ pub(crate) fn call_entry(
     let clock = SystemClock::new();
     loop {
         let outcome = match Connection::open(&runtime, &clock)? {
-            Some(connection) => connection.call(request, progress)?,
+            Some(mut connection) => connection.call(request, progress)?,
             None => offline(entry, &runtime, request, progress),
         };
         match outcome {
@@ -68,6 +72,40 @@ pub(crate) fn call_entry(
             Outcome::Again(error) => return Err(error),
         }
     }
+}
+
+/// Asks the pool's daemon, started if there is none, for something that lasts as long as this process; `begun` gets the
+/// answer. Returns when a signal ended it and the daemon has put everything in order.
+pub(crate) fn hold(
+    pool: &Name,
+    request: &Request,
+    begun: impl FnOnce(Reply) -> Result<()>,
+) -> Result<()> {
+    let runtime = Runtime::of(pool)?;
+    let clock = SystemClock::new();
+    let (connection, reply) = loop {
+        ensure_daemon(pool)?;
+        let answered = match Connection::open(&runtime, &clock)? {
+            Some(mut connection) => {
+                let outcome = connection.call(request, &mut |_, _| {})?;
+                Some((connection, outcome))
+            }
+            None => None,
+        };
+        match answered {
+            Some((connection, Outcome::Answer(answer))) => break (connection, answer?),
+            // The daemon was about to stop; the next one is not.
+            _ if clock.monotonic_ns() < LOOK_NS_MAX => thread::sleep(POLL),
+            Some((_, Outcome::Again(error))) => return Err(error),
+            None => {
+                let fact = format!("pool {pool}: its daemon comes and goes; try again");
+                return Err(Error::with(ErrorKind::Busy, fact));
+            }
+        }
+    };
+    connection.shut_down_on_signal()?;
+    begun(reply)?;
+    connection.end()
 }
 
 /// Whether a daemon answers for a pool.
@@ -148,7 +186,7 @@ impl Connection {
         }
     }
 
-    fn call(mut self, request: &Request, progress: Progress<'_>) -> Result<Outcome> {
+    fn call(&mut self, request: &Request, progress: Progress<'_>) -> Result<Outcome> {
         let pid = self.pid;
         let gone = |e: io::Error| {
             Error::io(
@@ -183,6 +221,53 @@ impl Connection {
                     )));
                 }
             }
+        }
+    }
+}
+
+impl Connection {
+    /// Ends this side of the connection when a signal asks this process to end. A second one ends it at once.
+    fn shut_down_on_signal(&self) -> Result<()> {
+        let failed = |e| Error::io(e, "signals cannot be caught");
+        let stream = self.input.get_ref().try_clone().map_err(failed)?;
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+        let wait = move || {
+            let mut is_first = true;
+            for signal in signals.forever() {
+                if std::mem::replace(&mut is_first, false)
+                    && stream.shutdown(Shutdown::Write).is_ok()
+                {
+                    continue;
+                }
+                if let Err(e) = emulate_default_handler(signal) {
+                    tracing::warn!("signal {signal}: {e}");
+                }
+            }
+        };
+        let started = thread::Builder::new().name("signals".into()).spawn(wait);
+        started.map(drop).map_err(failed)
+    }
+
+    /// Waits for the last answer.
+    fn end(mut self) -> Result<()> {
+        let pid = self.pid;
+        let gone = |e: Option<io::Error>| {
+            let fact = format!("the daemon (process {pid}) ended, and with it what it served");
+            match e {
+                Some(e) => Error::io(e, fact),
+                None => Error::with(ErrorKind::Io, fact),
+            }
+        };
+        let limits = LineLimits {
+            bytes_max: protocol::REQUEST_BYTES_MAX,
+            wait_ns_max: u64::MAX,
+        };
+        let line = protocol::read_line(&mut self.input, limits, &SystemClock::new());
+        let line = line.map_err(|e| gone(Some(e)))?.ok_or_else(|| gone(None))?;
+        match serde_json::from_slice(&line) {
+            Ok(Message::Reply(_)) => Ok(()),
+            Ok(Message::Error { kind, message }) => Err(Message::into_error(&kind, message)),
+            _ => Err(gone(None)),
         }
     }
 }

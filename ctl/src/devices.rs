@@ -1,8 +1,10 @@
-//! The devices of a pool: which volume each serves, in memory, on disk and as a link under /dev/blockfork.
+//! The devices of a pool: which volume each serves, in memory, on disk and as a link under /dev/blockfork. Beside them
+//! what is served over NBD, because both are attached, and no volume is twice.
 //!
 //! The file on disk is written before a device is announced and after it is gone, so whoever opens the pool after a
 //! kill knows every device that somebody may be using. Without a daemon its entries count as attached, served by nobody.
 
+use crate::exports::Exports;
 use crate::protocol::DeviceRow;
 use crate::state::{self, Runtime};
 use blockfork::error::{Error, ErrorKind, Result};
@@ -93,6 +95,7 @@ pub(crate) struct Devices {
     boot: [u8; 16],
     file: PathBuf,
     slots: Vec<Slot>,
+    exports: Exports,
 }
 
 impl Devices {
@@ -112,6 +115,7 @@ impl Devices {
             });
         Ok(Self {
             slots: slots.collect(),
+            exports: Exports::default(),
             pool: pool.clone(),
             id,
             boot,
@@ -129,12 +133,22 @@ impl Devices {
         state::write_json(&self.file, &saved)
     }
 
-    /// Whether there is none.
+    /// Whether nothing is attached: no device, and nothing over NBD.
     pub(crate) fn is_empty(&self) -> bool {
-        self.slots.is_empty()
+        self.slots.is_empty() && self.exports.is_empty()
     }
 
-    /// How many there are.
+    /// What is served over NBD.
+    pub(crate) fn exports(&self) -> &Exports {
+        &self.exports
+    }
+
+    /// What is served over NBD, to change it.
+    pub(crate) fn exports_mut(&mut self) -> &mut Exports {
+        &mut self.exports
+    }
+
+    /// How many devices there are.
     pub(crate) fn count(&self) -> u64 {
         self.slots.len() as u64
     }

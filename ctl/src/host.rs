@@ -4,11 +4,15 @@
 //! removed or rolled back. Every blocker is named before anything is touched.
 
 use crate::devices::{DeviceEntry, Devices, Slot};
+use crate::endpoint::{Bound, Endpoint};
 use crate::exit_code::one_line;
-use crate::protocol::{DeviceRow, Reply, Request, Resized, Row, Selection, Status};
+use crate::exports::Exported;
+use crate::protocol::{DeviceRow, NbdAddress, Reply, Request, Resized, Row, Selection, Status};
+use crate::state::Runtime;
 use blockfork::device::FileDevice;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
+use blockfork::nbd::Export;
 use blockfork::pool::Pool;
 use blockfork::ublk::{self, Holder};
 use blockfork::units::BLOCK_BYTES;
@@ -120,20 +124,29 @@ impl Host {
                 };
                 self.attach(&path, &options)
             }
+            Request::ServeNbd {
+                path,
+                read_only,
+                address,
+            } => self.serve_nbd(&path, read_only, &address),
             Request::Detach { devices, force } => self.detach(&devices, force),
             Request::Stop => {
                 let devices = self.devices();
                 devices.refuse("close the pool", devices.slots().iter())?;
+                let exports = devices.exports();
+                exports.refuse(&self.name, "close the pool", |_| true)?;
                 Ok(Reply::Done)
             }
         }
     }
 
     fn status(&self) -> Status {
+        let devices = self.devices();
         Status {
             pool: self.pool.status(),
             daemon_pid: (self.role == Role::Daemon).then(std::process::id),
-            devices: self.devices().count(),
+            devices: devices.count(),
+            exports: devices.exports().count(),
             direct_io: self.device.file().is_direct(),
         }
     }
@@ -143,9 +156,12 @@ impl Host {
         let devices = self.devices();
         let row = |entry: blockfork::pool::Entry| {
             let slot = devices.find(&entry.path).map(Slot::row);
+            let exported = devices.exports().find(&entry.path);
             Row {
-                served: slot.as_ref().is_some_and(|slot| slot.served),
-                device: slot.map(|slot| slot.device),
+                served: exported.is_some() || slot.as_ref().is_some_and(|slot| slot.served),
+                device: slot
+                    .map(|slot| slot.device)
+                    .or_else(|| exported.map(|exported| exported.uri.clone())),
                 entry,
             }
         };
@@ -164,6 +180,7 @@ impl Host {
             "remove",
             devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
         )?;
+        devices.exports().refuse(&self.name, "remove", goes)?;
         block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
     }
 
@@ -177,6 +194,7 @@ impl Host {
             "rename",
             devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
         )?;
+        devices.exports().refuse(&self.name, "rename", goes)?;
         block_on(self.pool.rename(&self.device, from, to)).map(|()| Reply::Done)
     }
 
@@ -185,7 +203,12 @@ impl Host {
         let path = whole(volume);
         block_on(self.pool.resize(&self.device, volume, bytes, allow_shrink))?;
         let Some(slot) = devices.find(&path) else {
-            return Ok(Reply::Resized(Resized::Unattached));
+            let resized = match devices.exports().find(&path) {
+                // NBD has no way to tell a client that is connected.
+                Some(_) => Resized::AtNextAttach,
+                None => Resized::Unattached,
+            };
+            return Ok(Reply::Resized(resized));
         };
         // The volume has its new size already; a device that stays behind is no reason to say that it failed.
         let is_online = match &slot.served {
@@ -205,6 +228,10 @@ impl Host {
     fn rollback(&self, snapshot: &VolumePath) -> Result<Reply> {
         let devices = self.devices();
         let path = whole(&snapshot.volume);
+        let is_meant = |other: &VolumePath| *other == path;
+        devices
+            .exports()
+            .refuse(&self.name, "roll back", is_meant)?;
         let Some(slot) = devices.find(&path) else {
             return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);
         };
@@ -286,26 +313,7 @@ impl Host {
 
     fn attach(&self, path: &VolumePath, options: &ublk::DeviceOptions) -> Result<Reply> {
         let mut devices = self.devices();
-        if let Some(slot) = devices.find(path) {
-            let node = slot.entry.node();
-            let fact = match &slot.served {
-                Some(_) => format!("is attached already, as {node}"),
-                None => format!(
-                    "is attached already, as {node}, which nothing serves; `ublkctl recover {}`",
-                    self.name
-                ),
-            };
-            return Err(Error::with(
-                ErrorKind::Busy,
-                format!("{}/{path}: {fact}", self.name),
-            ));
-        }
-        if self.role == Role::Command {
-            return Err(Error::with(
-                ErrorKind::Unsupported,
-                "only a daemon can attach",
-            ));
-        }
+        self.refuse_second(&devices, path)?;
         let attached = self.pool.attach(path, options.read_only)?;
         let served = match ublk::Served::add(self.device.file().clone(), attached.clone(), options)
         {
@@ -344,6 +352,80 @@ impl Host {
         Ok(Reply::Devices(vec![row]))
     }
 
+    /// An error if this is attached already, or if nothing can be attached here.
+    fn refuse_second(&self, devices: &Devices, path: &VolumePath) -> Result<()> {
+        let fact = match (devices.find(path), devices.exports().find(path)) {
+            (Some(slot), _) if slot.served.is_some() => {
+                format!("is attached already, as {}", slot.entry.node())
+            }
+            (Some(slot), _) => format!(
+                "is attached already, as {}, which nothing serves; `ublkctl recover {}`",
+                slot.entry.node(),
+                self.name
+            ),
+            (None, Some(exported)) => format!("is served over NBD already, as {}", exported.uri),
+            (None, None) if self.role == Role::Command => {
+                let fact = "only a daemon can attach";
+                return Err(Error::with(ErrorKind::Unsupported, fact));
+            }
+            (None, None) => return Ok(()),
+        };
+        Err(Error::with(
+            ErrorKind::Busy,
+            format!("{}/{path}: {fact}", self.name),
+        ))
+    }
+
+    fn serve_nbd(&self, path: &VolumePath, read_only: bool, address: &NbdAddress) -> Result<Reply> {
+        let mut devices = self.devices();
+        self.refuse_second(&devices, path)?;
+        let attached = self
+            .pool
+            .attach(path, read_only || path.snapshot.is_some())?;
+        // It is given back when the last owner drops it, so also where something fails from here on.
+        let name = format!("{}/{path}", self.name);
+        let bound = Bound::new(address, &Runtime::of(&self.name)?, path)?;
+        let uri = bound.uri(&name)?;
+        let export = Arc::new(Export::new(name, attached, self.device.clone()));
+        let endpoint = Endpoint::start(bound, export.clone())?;
+        info!(volume = %path, uri, "serving over NBD");
+        devices.exports_mut().add(Exported {
+            path: path.clone(),
+            uri: uri.clone(),
+            export,
+            endpoint,
+        });
+        Ok(Reply::ServingNbd { uri })
+    }
+
+    /// Ends what is served over NBD of this volume or snapshot; on return everything is durable.
+    pub(crate) fn end_nbd(&self, path: &VolumePath) -> Result<()> {
+        let mut devices = self.devices();
+        match devices.exports_mut().take(path) {
+            Some(exported) => self.end_export(exported),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends everything that is served over NBD.
+    pub(crate) fn end_all_nbd(&self, devices: &mut Devices) -> Result<()> {
+        let mut ended = Ok(());
+        while let Some(exported) = devices.exports_mut().take_any() {
+            ended = ended.and(self.end_export(exported));
+        }
+        ended
+    }
+
+    fn end_export(&self, exported: Exported) -> Result<()> {
+        exported.endpoint.close();
+        exported.export.close();
+        let attached = exported.export.attached();
+        let flushed = block_on(attached.flush(&self.device));
+        attached.detach();
+        info!(volume = %exported.path, "no longer served over NBD");
+        flushed
+    }
+
     fn detach(&self, selection: &Selection, force: bool) -> Result<Reply> {
         let mut devices = self.devices();
         let paths = match selection {
@@ -354,6 +436,9 @@ impl Host {
                 .collect(),
             Selection::Paths(paths) => paths.clone(),
         };
+        let is_named = |other: &VolumePath| paths.contains(other);
+        let exports = devices.exports();
+        exports.refuse(&self.name, "detach a block device", is_named)?;
         if let Some(path) = paths.iter().find(|path| devices.find(path).is_none()) {
             return Err(Error::with(
                 ErrorKind::NotFound,
@@ -485,6 +570,7 @@ impl Host {
             | Request::Diff { .. }
             | Request::Check
             | Request::Attach { .. }
+            | Request::ServeNbd { .. }
             | Request::Detach { .. }
             | Request::Stop => Ok(()),
         }

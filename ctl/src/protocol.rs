@@ -13,6 +13,8 @@ use blockfork::pool::{
 use blockfork::units::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// The version of the protocol; a client refuses a daemon of another one.
 pub(crate) const VERSION: u32 = 1;
@@ -69,10 +71,29 @@ pub(crate) enum Request {
         queues: u16,
         depth: u16,
     },
+    /// Serves a volume or a snapshot over NBD, for as long as the connection lasts that asked for it. When the client
+    /// has shut down its side and everything is durable, a second answer follows: `Done`, or an error.
+    ServeNbd {
+        path: VolumePath,
+        read_only: bool,
+        address: NbdAddress,
+    },
     /// Takes devices away.
     Detach { devices: Selection, force: bool },
     /// Closes the pool and ends the daemon; refused while a device is attached.
     Stop,
+}
+
+/// Where NBD clients are to connect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum NbdAddress {
+    /// A socket among the daemon's runtime files.
+    Runtime,
+    /// This socket; the path is absolute.
+    Unix(PathBuf),
+    /// This port.
+    Tcp(SocketAddr),
 }
 
 /// Which devices a detach means.
@@ -104,6 +125,7 @@ impl Request {
             | Self::Rollback { .. }
             | Self::Grow { .. }
             | Self::Attach { .. }
+            | Self::ServeNbd { .. }
             | Self::Detach { .. }
             | Self::Stop => false,
         }
@@ -124,6 +146,8 @@ pub(crate) enum Reply {
     List(Vec<Row>),
     /// To `Devices`, `Attach` and `Detach`: those meant.
     Devices(Vec<DeviceRow>),
+    /// To `ServeNbd`: clients can connect.
+    ServingNbd { uri: String },
     /// To `Diff`.
     Diff(Vec<DiffExtent>),
     /// To `Check`.
@@ -144,6 +168,8 @@ pub(crate) struct Status {
     pub(crate) daemon_pid: Option<u32>,
     /// How many devices are attached.
     pub(crate) devices: u64,
+    /// How many volumes and snapshots are served over NBD.
+    pub(crate) exports: u64,
     /// Whether I/O goes past the page cache of the file system below.
     pub(crate) direct_io: bool,
 }
@@ -154,9 +180,9 @@ pub(crate) struct Row {
     /// The engine's view.
     #[serde(flatten)]
     pub(crate) entry: Entry,
-    /// `/dev/ublkbN`.
+    /// `/dev/ublkbN`, or the URI of what is served over NBD.
     pub(crate) device: Option<String>,
-    /// Whether a daemon serves that device now.
+    /// Whether a daemon serves that now.
     pub(crate) served: bool,
 }
 

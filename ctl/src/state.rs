@@ -2,7 +2,7 @@
 //! Everything here is read back as hostile: names are parsed, files are limited, and a bad one is an error with its path.
 
 use blockfork::error::{Error, ErrorKind, Result};
-use blockfork::name::Name;
+use blockfork::name::{Name, VolumePath};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
@@ -168,6 +168,17 @@ impl Runtime {
             ".{:016x}.sock",
             fnv1a(self.pool.as_str().as_bytes())
         ))
+    }
+
+    /// Where clients of a volume connect that is served over NBD. No name has a comma, so none stands for another's.
+    pub(crate) fn nbd_socket(&self, volume: &VolumePath) -> PathBuf {
+        let name = format!("{},{volume}.nbd", self.pool);
+        let path = self.directory.join(&name);
+        if path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
+            return path;
+        }
+        let short = format!(".{:016x}.nbd", fnv1a(name.as_bytes()));
+        self.directory.join(short)
     }
 
     /// The process id of the daemon.

@@ -1,7 +1,7 @@
 //! blockfork: a pool of copy-on-write volumes, forked as `fork(2)` forks a page table.
 //!
 //! Imports point down one list of rooms: `units`, `limits`, `error`, `name`, `clock`, `format`, `device`, `space`,
-//! `map`, `metadata`, `journal`, `checkpoint`, `datapath`, `pool`, and the frontend `ublk` on top.
+//! `map`, `metadata`, `journal`, `checkpoint`, `datapath`, `pool`, and the frontends `nbd` and `ublk` on top.
 
 mod checkpoint;
 pub mod clock;
@@ -14,6 +14,7 @@ pub mod limits;
 mod map;
 mod metadata;
 pub mod name;
+pub mod nbd;
 pub mod pool;
 mod space;
 pub mod ublk;

@@ -20,3 +20,19 @@ pub const SNAPSHOT_GROUP_MAX: usize = 256;
 pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;
 /// Map pages in memory, at some 4 KiB each; beyond that, durable ones are dropped and read again when needed.
 pub const MAP_PAGES_MAX: usize = 1 << 19;
+/// The longest payload of a read or a write over NBD, in bytes.
+pub const NBD_PAYLOAD_BYTES_MAX: u32 = 32 << 20;
+/// The longest data of an option in NBD's handshake, in bytes.
+pub const NBD_OPTION_BYTES_MAX: usize = 64 << 10;
+/// The most connections of one NBD export.
+pub const NBD_CONNECTIONS_MAX: usize = 64;
+/// The most threads that work on the requests of one NBD connection, besides the one that reads them.
+pub const NBD_WORKERS_MAX: usize = 16;
+/// The most of those that wait for a flush at a time.
+pub const NBD_FLUSHERS_MAX: usize = 4;
+/// The most requests of one NBD connection that are read and not answered.
+pub const NBD_REQUESTS_MAX: usize = 128;
+/// The most payload of those, in bytes; a request that is alone may be as long as it may be.
+pub const NBD_MEMORY_BYTES_MAX: usize = 64 << 20;
+/// The most runs in one answer to what is allocated, over NBD.
+pub const NBD_STATUS_RUNS_MAX: usize = 4096;

@@ -4,6 +4,7 @@ pub mod fixture;
 pub mod guest;
 pub mod image;
 pub mod model;
+pub mod nbd;
 pub mod parallel;
 pub mod scheduler;
 pub mod sim_device;

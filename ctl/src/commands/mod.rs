@@ -3,6 +3,7 @@
 mod device;
 mod doctor;
 mod list;
+mod nbd;
 mod pool;
 mod shell;
 mod stats;
@@ -29,6 +30,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::Clone { snapshot, volume } => volume::clone(&snapshot, &volume),
         Command::Rollback { snapshot } => volume::rollback(&snapshot),
         Command::Attach(options) => device::attach(&options),
+        Command::ServeNbd(options) => nbd::serve(&options),
         Command::Detach(options) => device::detach(&options),
         Command::Recover { pool } => return device::recover(&pool),
         Command::List(options) => return list::list(&options),

@@ -399,6 +399,7 @@ fn status(name: &Name, format: Format) -> Result<()> {
         ("state", state_word(&status).to_owned()),
         ("daemon", daemon),
         ("devices", status.devices.to_string()),
+        ("over NBD", status.exports.to_string()),
         ("size", format.size(pool.size_bytes)),
         ("used", format.size(pool.used_bytes)),
         ("free", format.size(pool.free_bytes)),

@@ -2,14 +2,15 @@
 
 use super::Daemon;
 use crate::exit_code::one_line;
-use crate::protocol::{self, LineLimits, Message, Request};
+use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, Runtime};
 use blockfork::clock::SystemClock;
 use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::VolumePath;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::getuid;
 use std::fs;
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -80,7 +81,6 @@ fn accept(stream: UnixStream, daemon: &Arc<Daemon>, open: &Arc<AtomicUsize>) {
     let counted = Counted(open.clone());
     let daemon = daemon.clone();
     let talk = move || {
-        let _counted = counted;
         let refusal = if is_full {
             Some(Error::with(
                 ErrorKind::Busy,
@@ -89,7 +89,7 @@ fn accept(stream: UnixStream, daemon: &Arc<Daemon>, open: &Arc<AtomicUsize>) {
         } else {
             stranger(&stream)
         };
-        if let Err(e) = converse(&stream, &daemon, refusal.as_ref()) {
+        if let Err(e) = converse(&stream, &daemon, refusal.as_ref(), counted) {
             debug!("a connection ended: {e}");
         }
     };
@@ -110,7 +110,12 @@ fn stranger(stream: &UnixStream) -> Option<Error> {
     }
 }
 
-fn converse(stream: &UnixStream, daemon: &Daemon, refusal: Option<&Error>) -> io::Result<()> {
+fn converse(
+    stream: &UnixStream,
+    daemon: &Daemon,
+    refusal: Option<&Error>,
+    counted: Counted,
+) -> io::Result<()> {
     stream.set_read_timeout(Some(READ_WAIT))?;
     stream.set_write_timeout(Some(WRITE_WAIT))?;
     let mut out = stream;
@@ -138,16 +143,63 @@ fn converse(stream: &UnixStream, daemon: &Daemon, refusal: Option<&Error>) -> io
                 return protocol::write_line(&mut out, &Message::from(&error));
             }
         };
-        answer(&line, daemon, &mut out)?;
+        if let Some(path) = answer(&line, daemon, &mut out)? {
+            // It may stay for weeks, so it does not count among those who come with a question.
+            drop(counted);
+            return hold(&mut input, daemon, &path);
+        }
     }
 }
 
-/// Answers one request, and ends a daemon that nobody needs after it.
-fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<()> {
+/// Waits until the client shuts down its side or goes away, then ends what is served for it over NBD.
+fn hold(input: &mut BufReader<&UnixStream>, daemon: &Daemon, path: &VolumePath) -> io::Result<()> {
+    let mut ignored = [0; 64];
+    loop {
+        match input.read(&mut ignored) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::TimedOut
+                        | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => {
+                debug!("a client that had something served was lost: {e}");
+                break;
+            }
+        }
+    }
+    end_nbd(input.get_mut(), daemon, path)
+}
+
+fn end_nbd(out: &mut impl Write, daemon: &Daemon, path: &VolumePath) -> io::Result<()> {
+    let message = match daemon.host.end_nbd(path) {
+        Ok(()) => Message::Reply(Reply::Done),
+        Err(e) => {
+            warn!(volume = %path, "ending: {}", one_line(&e));
+            Message::from(&e)
+        }
+    };
+    let written = protocol::write_line(out, &message);
+    if daemon.is_detached {
+        daemon.stop_if_idle();
+    }
+    written
+}
+
+/// Answers one request, and ends a daemon that nobody needs after it. What is served from now on, for as long as this
+/// client stays, is returned.
+fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Option<VolumePath>> {
     let request = match protocol::parse_request(line) {
         Ok(request) => request,
-        Err(e) => return protocol::write_line(out, &Message::from(&e)),
+        Err(e) => return protocol::write_line(out, &Message::from(&e)).map(|()| None),
     };
+    let mut held = None;
+    if let Request::ServeNbd { path, .. } = &request {
+        held = Some(path.clone());
+    }
     let may_be_last = matches!(request, Request::Stop)
         || (daemon.is_detached && matches!(request, Request::Detach { .. }));
     let message = {
@@ -170,9 +222,16 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<()> 
             }
         }
     };
+    if !matches!(message, Message::Reply(_)) {
+        held = None;
+    }
     let written = protocol::write_line(out, &message);
+    if let (Err(_), Some(path)) = (&written, &held) {
+        // The client left before it heard of it.
+        end_nbd(&mut io::sink(), daemon, path)?;
+    }
     if may_be_last {
         daemon.stop_if_idle();
     }
-    written
+    written.map(|()| held)
 }

@@ -130,6 +130,8 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
 /// Makes everything durable, and leaves devices that are still attached to the next daemon.
 fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
     let mut devices = host.devices();
+    let ended = host.end_all_nbd(&mut devices);
+    ended.inspect_err(|e| error!("ending NBD: {}", one_line(e)))?;
     if devices.is_empty() {
         let closed = block_on(host.pool().close(host.device()));
         closed.inspect_err(|e| error!("closing: {}", one_line(e)))?;

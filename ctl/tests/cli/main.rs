@@ -3,4 +3,5 @@
 mod bad_input;
 mod daemon;
 mod kit;
+mod nbd;
 mod offline;

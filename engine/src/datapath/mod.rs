@@ -2,6 +2,7 @@
 //!
 //! No lock is held across I/O. A request that uses blocks which a lookup gave it holds a ticket of the gate meanwhile.
 
+mod allocation;
 mod counters;
 mod discard;
 mod flush;
@@ -9,6 +10,7 @@ mod range_lock;
 mod read;
 mod write;
 
+pub use allocation::Run;
 pub(crate) use counters::Counters;
 pub(crate) use flush::flush;
 pub(crate) use range_lock::{RangeGuard, RangeLocks};

@@ -2,7 +2,7 @@
 
 use super::Pool;
 use super::report::{Latency, VolumeStats};
-use crate::datapath::{Counters, Io, RangeLocks};
+use crate::datapath::{Counters, Io, RangeLocks, Run};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
@@ -198,6 +198,19 @@ impl Attached {
         self.io(device)
             .write_zeroes(offset, bytes, keep_space)
             .await
+    }
+
+    /// What is mapped from byte `offset` on, both in whole sectors: runs that alternate in kind, at least one, at most
+    /// `runs_max`. They may end before the range does. A change that goes on at the same time is seen in part.
+    pub async fn allocation<D: Device>(
+        &self,
+        device: &D,
+        offset: u64,
+        bytes: u64,
+        runs_max: usize,
+    ) -> Result<Vec<Run>> {
+        self.check_range(offset, bytes)?;
+        self.io(device).allocation(offset, bytes, runs_max).await
     }
 
     /// Its counters.

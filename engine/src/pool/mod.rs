@@ -12,6 +12,7 @@ mod report;
 mod snapshots;
 mod volumes;
 
+pub use crate::datapath::Run;
 pub use attached::Attached;
 pub use open::{CreateOptions, OpenOptions, PoolLabel, RingPlace};
 pub use report::*;

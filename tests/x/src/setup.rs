@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::command;
 
-/// Compilers and libclang for the ublk bindings, then what the guest is made of.
-const PACKAGES: [&str; 13] = [
+/// Compilers and libclang for the ublk bindings, then what the guest is made of, and clients of NBD.
+const PACKAGES: [&str; 15] = [
     "clang",
     "gcc",
     "libc6-dev",
@@ -19,7 +19,9 @@ const PACKAGES: [&str; 13] = [
     "busybox-static",
     "e2fsprogs",
     "fio",
+    "libnbd-bin",
     "qemu-system-x86",
+    "qemu-utils",
     "util-linux",
     "xfsprogs",
     "xz-utils",

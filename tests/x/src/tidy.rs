@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// The engine's rooms, the lowest first: a room imports itself and what stands before it.
-const ROOMS: [&str; 15] = [
+const ROOMS: [&str; 16] = [
     "units",
     "limits",
     "error",
@@ -23,6 +23,7 @@ const ROOMS: [&str; 15] = [
     "checkpoint",
     "datapath",
     "pool",
+    "nbd",
     "ublk",
 ];
 

@@ -1,0 +1,44 @@
+//! `serve-nbd`: a volume over NBD, for as long as the command runs.
+
+use super::unexpected;
+use crate::cli::ServeNbd;
+use crate::client;
+use crate::output;
+use crate::protocol::{NbdAddress, Reply, Request};
+use crate::state::Registry;
+use blockfork::error::{Error, ErrorKind, Result};
+use std::path::{Path, PathBuf};
+
+pub(super) fn serve(options: &ServeNbd) -> Result<()> {
+    let (pool, path) = (&options.target.pool, &options.target.path);
+    Registry::from_env()?.find(pool)?;
+    let address = match (&options.socket, options.listen) {
+        (Some(socket), _) => NbdAddress::Unix(absolute(socket)?),
+        (None, Some(address)) => NbdAddress::Tcp(address),
+        (None, None) => NbdAddress::Runtime,
+    };
+    let request = Request::ServeNbd {
+        path: path.clone(),
+        read_only: options.read_only,
+        address,
+    };
+    client::hold(pool, &request, |reply| {
+        let Reply::ServingNbd { uri } = reply else {
+            return Err(unexpected());
+        };
+        output::text(&format!("{uri}\n"))
+    })
+}
+
+/// The path as the daemon, which works elsewhere, and the protocol, which is text, take it.
+fn absolute(path: &Path) -> Result<PathBuf> {
+    let failed = |e| Error::io(e, format!("{}: cannot be used", path.display()));
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    if absolute.to_str().is_none() {
+        return Err(Error::with(
+            ErrorKind::Invalid,
+            format!("{}: is not UTF-8", path.display()),
+        ));
+    }
+    Ok(absolute)
+}
