@@ -1,5 +1,6 @@
-//! `prove`: the rows of the scorecard that run in this process, on a simulated device. One file per row.
+//! `prove`: the rows of the scorecard that run in this process, most of them on a simulated device. One file per row.
 
+mod kill_nbd;
 mod model;
 
 use clap::{Parser, Subcommand};
@@ -26,6 +27,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Row {
+    /// R7, its half over NBD: kills under verifying clients; see `cargo x kill-nbd`
+    KillNbd(kill_nbd::Options),
     /// R9: random operations against a model
     Model(model::Options),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         seed: arguments.seed,
     };
     let figures = match &arguments.row {
+        Row::KillNbd(options) => kill_nbd::run(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
     };
     report(&figures, arguments.json)

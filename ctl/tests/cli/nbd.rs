@@ -9,6 +9,7 @@
 
 use crate::kit::{Machine, one_line, said};
 use blockfork_tests::nbd::{self, Ask, Client};
+use blockfork_tests::nbd_kill::{self, Plan};
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -652,4 +653,20 @@ fn a_full_pool_is_enospc_and_reads_go_on() {
     assert_eq!(said(&output).code, 0);
     let words = ["serve-nbd", "p0/v"];
     one_line(&machine.run(&words), 1, &words);
+}
+
+#[test]
+fn thirty_kills_under_load_lose_nothing_that_was_acknowledged() {
+    let machine = Machine::new();
+    let plan = Plan {
+        program: env!("CARGO_BIN_EXE_ublkctl").into(),
+        folder: machine.path(""),
+        cycles: 30,
+        seed: 30,
+        without_ring: false,
+    };
+    let outcome = nbd_kill::run(&plan).unwrap();
+    assert_eq!(outcome.violations(), 0, "{outcome:#?}");
+    assert_eq!(outcome.kills, 30);
+    assert!(outcome.acknowledged_blocks > 1000, "{outcome:#?}");
 }

@@ -4,6 +4,7 @@ mod bench;
 mod command;
 mod demo;
 mod guest;
+mod kill_nbd;
 mod paths;
 mod quick;
 mod setup;
@@ -35,6 +36,8 @@ enum Verb {
     Demo(demo::Options),
     /// Compare with `rublk add loop` in instruction-counted time, for docs/performance.md
     Bench(bench::Options),
+    /// R7 of the scorecard, over NBD: kill the daemon under verifying clients, and compare every block
+    KillNbd(kill_nbd::Options),
     /// What every commit passes: fmt, clippy, rustdoc, tidy
     Quick,
     /// Everything: unit tests, suites, and real devices in the guest on both kernels
@@ -89,6 +92,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Setup => setup::install_missing()?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Bench(options) => return bench::run(&options),
+        Verb::KillNbd(options) => return kill_nbd::run(&options),
         Verb::Quick => return quick::run(),
         Verb::Test(options) => return test::run(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,
