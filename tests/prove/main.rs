@@ -1,5 +1,6 @@
 //! `prove`: the rows of the scorecard that run in this process, most of them on a simulated device. One file per row.
 
+mod crash;
 mod kill_nbd;
 mod model;
 
@@ -29,6 +30,10 @@ struct Arguments {
 enum Row {
     /// R7, its half over NBD: kills under verifying clients; see `cargo x kill-nbd`
     KillNbd(kill_nbd::Options),
+    /// R1: a crash after every device operation of eight workloads
+    Crash(crash::Options),
+    /// R2: a crash inside the recovery from a crash
+    Nested(crash::Options),
     /// R9: random operations against a model
     Model(model::Options),
 }
@@ -54,6 +59,8 @@ fn main() -> ExitCode {
     };
     let figures = match &arguments.row {
         Row::KillNbd(options) => kill_nbd::run(common, options).into_figures(),
+        Row::Crash(options) => crash::run(common, options).into_figures(),
+        Row::Nested(options) => crash::run_nested(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
     };
     report(&figures, arguments.json)

@@ -1,12 +1,16 @@
 //! The shared kit of the suites.
 
+pub mod crash;
 pub mod fixture;
 pub mod guest;
 pub mod image;
 pub mod model;
 pub mod nbd;
 pub mod nbd_kill;
+pub mod oracle;
 pub mod parallel;
 pub mod scheduler;
+pub mod script;
 pub mod sim_device;
 pub mod tape;
+pub mod witness;
