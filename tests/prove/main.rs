@@ -1,6 +1,7 @@
 //! `prove`: the rows of the scorecard that run in this process, most of them on a simulated device. One file per row.
 
 mod crash;
+mod faults;
 mod kill_nbd;
 mod model;
 
@@ -34,6 +35,8 @@ enum Row {
     Crash(crash::Options),
     /// R2: a crash inside the recovery from a crash
     Nested(crash::Options),
+    /// R8: every call to the device fails, once and from then on
+    Faults(faults::Options),
     /// R9: random operations against a model
     Model(model::Options),
 }
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Row::KillNbd(options) => kill_nbd::run(common, options).into_figures(),
         Row::Crash(options) => crash::run(common, options).into_figures(),
         Row::Nested(options) => crash::run_nested(common, options).into_figures(),
+        Row::Faults(options) => faults::run(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
     };
     report(&figures, arguments.json)

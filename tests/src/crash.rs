@@ -10,6 +10,7 @@ use crate::script::Script;
 use crate::sim_device::SimDevice;
 use crate::tape::{Action, Fate, Tape, Tick};
 use crate::witness::{self, Witness};
+use blockfork::error::ErrorKind;
 use blockfork::pool::RingPlace;
 use fastrand::Rng;
 use futures_lite::future::block_on;
@@ -73,6 +74,13 @@ pub fn record(script: &Script, seed: u64) -> Recording {
     witness.device().record();
     let mut rng = Rng::with_seed(seed);
     witness.run(&script.phases, &mut rng, || false);
+    let is_full = |kind: &ErrorKind| *kind == ErrorKind::OutOfSpace;
+    assert!(
+        witness.errors().iter().all(is_full),
+        "{}: {:?}, though nothing failed",
+        script.name,
+        witness.errors()
+    );
     let tape = witness.device().take_tape();
     let oracle = witness.into_oracle();
     Recording {

@@ -66,17 +66,6 @@ struct Epoch {
 }
 
 impl Epoch {
-    /// The last acknowledged content.
-    fn now(&self) -> BTreeMap<u64, Stamp> {
-        let mut content = self.initial.clone();
-        for (lba, changes) in &self.changes {
-            if let Some(last) = changes.iter().rfind(|change| change.span.is_certain) {
-                content.insert(*lba, last.stamp);
-            }
-        }
-        content
-    }
-
     fn initial(&self, lba: u64) -> Stamp {
         self.initial.get(&lba).copied().unwrap_or(0)
     }
@@ -201,11 +190,6 @@ impl Oracle {
         self.volumes[index].epochs.last_mut().unwrap()
     }
 
-    /// The last acknowledged content of a volume.
-    pub fn now(&self, name: &str) -> BTreeMap<u64, Stamp> {
-        self.volumes[self.index(name)].epochs.last().unwrap().now()
-    }
-
     /// A volume's size.
     pub fn blocks(&self, name: &str) -> u64 {
         let index = self.index(name);
@@ -264,30 +248,51 @@ impl Oracle {
         });
     }
 
-    /// A block was written (or zeroed: stamp 0).
-    pub fn wrote(&mut self, volume: &str, lba: u64, stamp: Stamp, span: Span) {
+    /// A block is being written (or zeroed: stamp 0), from `begun` on.
+    pub fn writes(&mut self, volume: &str, lba: u64, stamp: Stamp, begun: Tick) {
+        let span = Span {
+            begun,
+            ended: Tick::MAX,
+            is_certain: false,
+        };
         let changes = self.epoch(volume).changes.entry(lba).or_default();
         changes.push(Change { stamp, span });
     }
 
-    /// A volume was rolled back, resized or renamed: what it is from then on.
+    /// What [`Oracle::writes`] began has ended.
+    pub fn wrote(&mut self, volume: &str, lba: u64, span: Span) {
+        let changes = self.epoch(volume).changes.entry(lba).or_default();
+        let begun = changes
+            .iter_mut()
+            .rfind(|change| change.span.begun == span.begun);
+        if let Some(change) = begun {
+            change.span = span;
+        }
+    }
+
+    /// A volume was rolled back to `content`, or resized or renamed and kept its own.
     pub fn became(
         &mut self,
         volume: &str,
         name: &str,
         blocks: u64,
-        content: BTreeMap<u64, Stamp>,
+        content: Option<BTreeMap<u64, Stamp>>,
         span: Span,
     ) {
         self.flushed(span);
         let index = self.index(volume);
-        self.volumes[index].epochs.push(Epoch {
-            span,
-            name: name.to_owned(),
-            blocks,
-            initial: content,
-            changes: BTreeMap::new(),
-        });
+        let epochs = &mut self.volumes[index].epochs;
+        let mut next = epochs.last().unwrap().clone();
+        next.span = span;
+        name.clone_into(&mut next.name);
+        next.blocks = blocks;
+        if let Some(content) = content {
+            next.initial = content;
+            next.changes.clear();
+        }
+        next.initial.retain(|lba, _| *lba < blocks);
+        next.changes.retain(|lba, _| *lba < blocks);
+        epochs.push(next);
     }
 
     /// A snapshot was taken. Its content, as read afterwards, must be one cut of what was asked for.
@@ -591,10 +596,13 @@ mod tests {
     fn oracle() -> Oracle {
         let mut oracle = Oracle::default();
         oracle.created("v", 8, BTreeMap::new(), false, span(1, 2));
-        oracle.wrote("v", 3, 100, span(3, 4));
+        oracle.writes("v", 3, 100, 3);
+        oracle.wrote("v", 3, span(3, 4));
         oracle.flushed(span(5, 6));
-        oracle.wrote("v", 3, 101, span(7, 8));
-        oracle.wrote("v", 3, 102, span(9, 10));
+        oracle.writes("v", 3, 101, 7);
+        oracle.wrote("v", 3, span(7, 8));
+        oracle.writes("v", 3, 102, 9);
+        oracle.wrote("v", 3, span(9, 10));
         oracle
     }
 

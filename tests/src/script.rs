@@ -311,7 +311,7 @@ fn resize(rng: &mut Rng) -> Script {
             vec![writer("a", 8, 16, rng), writer("b", 8, 16, rng)],
             vec![vec![Step::Grow(POOL + 2048)], writer("b", 8, 16, rng)],
             vec![
-                vec![Step::Resize(v("b"), LEAF + 1)],
+                vec![Step::Resize(v("b"), LEAF + 3)],
                 writer("a", 8, 16, rng),
             ],
             vec![

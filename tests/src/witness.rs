@@ -26,7 +26,6 @@ const BLOCK_BYTES: u64 = 4096;
 pub struct Witness {
     device: SimDevice,
     pool: Arc<Pool>,
-    clock: Arc<ManualClock>,
     oracle: RefCell<Oracle>,
     attached: RefCell<BTreeMap<String, Arc<Attached>>>,
     /// Volumes of which a command failed: what they are is not known any more, so they are left alone.
@@ -42,20 +41,14 @@ fn path(volume: &str, snapshot: Option<&str>) -> VolumePath {
     }
 }
 
-fn open_options(device_blocks: u64, ring: RingPlace) -> (OpenOptions, Arc<ManualClock>) {
-    let clock = Arc::new(ManualClock::default());
-    let options = OpenOptions {
-        read_only: false,
-        device_blocks,
-        ring,
-        clock: clock.clone(),
-    };
-    (options, clock)
-}
-
 /// Opens the pool of a device for writing.
 pub fn open(device: &SimDevice, ring: RingPlace) -> Result<Arc<Pool>> {
-    let (options, _) = open_options(device.blocks(), ring);
+    let options = OpenOptions {
+        read_only: false,
+        device_blocks: device.blocks(),
+        ring,
+        clock: Arc::new(ManualClock::default()),
+    };
     block_on(Pool::open(device, options)).map(Arc::new)
 }
 
@@ -126,23 +119,26 @@ impl Witness {
             created: Timestamp(1),
         };
         block_on(Pool::create(&device, options)).unwrap();
-        let (options, clock) = open_options(device.blocks(), ring);
-        let pool = Arc::new(block_on(Pool::open(&device, options)).unwrap());
-        let witness = Self {
-            device,
-            pool,
-            clock,
-            oracle: RefCell::default(),
-            attached: RefCell::default(),
-            unsure: RefCell::default(),
-            next_stamp: Cell::new(1),
-            errors: RefCell::default(),
-        };
+        let pool = open(&device, ring).unwrap();
+        let witness = Self::on(device, pool);
         block_on(witness.client(&script.prologue));
         block_on(witness.pool.checkpoint(&witness.device)).unwrap();
         let now = witness.begin();
         witness.oracle.borrow_mut().flushed(witness.end(now, true));
         witness
+    }
+
+    /// A witness of an open pool, who knows none of its volumes.
+    pub fn on(device: SimDevice, pool: Arc<Pool>) -> Self {
+        Self {
+            device,
+            pool,
+            oracle: RefCell::default(),
+            attached: RefCell::default(),
+            unsure: RefCell::default(),
+            next_stamp: Cell::new(1),
+            errors: RefCell::default(),
+        }
     }
 
     /// The device below.
@@ -254,8 +250,6 @@ impl Witness {
             Step::Rename(from, to) => self.rename(from, to).await,
             Step::Grow(blocks) => self.grow(*blocks).await,
             Step::Maintain => {
-                // Long enough for whatever waits for its time.
-                self.clock.advance_ns(5_000_000_000);
                 let done = self.pool.maintain(&self.device).await;
                 let _span = self.ended(0, &done);
             }
@@ -300,12 +294,15 @@ impl Witness {
             fill(block, stamp);
         }
         let begun = self.begin();
+        for (lba, stamp) in (lba..lba + count).zip(first..) {
+            self.oracle.borrow_mut().writes(volume, lba, stamp, begun);
+        }
         let done = attached
             .write(&self.device, lba * BLOCK_BYTES, &buffer)
             .await;
         let span = self.ended(begun, &done);
-        for (lba, stamp) in (lba..lba + count).zip(first..) {
-            self.oracle.borrow_mut().wrote(volume, lba, stamp, span);
+        for lba in lba..lba + count {
+            self.oracle.borrow_mut().wrote(volume, lba, span);
         }
     }
 
@@ -315,6 +312,9 @@ impl Witness {
         };
         let (offset, bytes) = (lba * BLOCK_BYTES, count * BLOCK_BYTES);
         let begun = self.begin();
+        for lba in lba..lba + count {
+            self.oracle.borrow_mut().writes(volume, lba, 0, begun);
+        }
         let done = if may_free {
             attached.discard(&self.device, offset, bytes).await
         } else {
@@ -324,7 +324,7 @@ impl Witness {
         };
         let span = self.ended(begun, &done);
         for lba in lba..lba + count {
-            self.oracle.borrow_mut().wrote(volume, lba, 0, span);
+            self.oracle.borrow_mut().wrote(volume, lba, span);
         }
     }
 
@@ -384,10 +384,10 @@ impl Witness {
     }
 
     async fn clone_snapshot(&self, volume: &str, snapshot: &str, to: &str) {
-        if !self.is_sure(volume) {
-            return;
-        }
-        let content = self.oracle.borrow().snapshot_content(volume, snapshot);
+        let content = self
+            .is_sure(volume)
+            .then(|| self.oracle.borrow().snapshot_content(volume, snapshot))
+            .flatten();
         let Some(content) = content else {
             self.unsure.borrow_mut().insert(to.to_owned());
             return;
@@ -423,7 +423,7 @@ impl Witness {
         let span = self.ended(begun, &done);
         let mut oracle = self.oracle.borrow_mut();
         let blocks = oracle.snapshot_blocks(volume, snapshot);
-        oracle.became(volume, volume, blocks, content, span);
+        oracle.became(volume, volume, blocks, Some(content), span);
         self.give_up_unless(done.is_ok(), volume);
     }
 
@@ -452,8 +452,6 @@ impl Witness {
             return;
         }
         self.attached.borrow_mut().remove(volume);
-        let mut content = self.oracle.borrow().now(volume);
-        content.retain(|lba, _| *lba < blocks);
         let begun = self.begin();
         let name = volume.parse().unwrap();
         let done = self
@@ -462,7 +460,7 @@ impl Witness {
             .await;
         let span = self.ended(begun, &done);
         let mut oracle = self.oracle.borrow_mut();
-        oracle.became(volume, volume, blocks, content, span);
+        oracle.became(volume, volume, blocks, None, span);
         self.give_up_unless(done.is_ok(), volume);
     }
 
@@ -472,7 +470,6 @@ impl Witness {
             return;
         }
         self.attached.borrow_mut().remove(from);
-        let content = self.oracle.borrow().now(from);
         let begun = self.begin();
         let done = self
             .pool
@@ -481,7 +478,7 @@ impl Witness {
         let span = self.ended(begun, &done);
         let mut oracle = self.oracle.borrow_mut();
         let blocks = oracle.blocks(from);
-        oracle.became(from, to, blocks, content, span);
+        oracle.became(from, to, blocks, None, span);
         self.give_up_unless(done.is_ok(), to);
     }
 
