@@ -157,7 +157,7 @@ pub fn read_json(path: &Path) -> io::Result<Vec<Figure>> {
 }
 
 /// A number as people read it: thousands apart, decimals only where there are any.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     let text = if value.fract() == 0.0 {
         format!("{value:.0}")
     } else {

@@ -7,6 +7,7 @@ mod guest;
 mod kill_nbd;
 mod paths;
 mod quick;
+mod scorecard;
 mod setup;
 mod test;
 mod tidy;
@@ -38,10 +39,14 @@ enum Verb {
     Bench(bench::Options),
     /// R7 of the scorecard, over NBD: kill the daemon under verifying clients, and compare every block
     KillNbd(kill_nbd::Options),
+    /// Every row of the scorecard, in one table: what is proven, and how far
+    Scorecard(scorecard::Options),
     /// What every commit passes: fmt, clippy, rustdoc, tidy
     Quick,
     /// Everything: unit tests, suites, and real devices in the guest on both kernels
     Test(test::Options),
+    /// What is too long for every change: all tests, then every row of the scorecard at full size
+    Nightly,
     /// The rules of this repository that no compiler knows
     Tidy {
         /// Note that docs/format.md describes the format as it is now
@@ -94,6 +99,17 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Bench(options) => return bench::run(&options),
         Verb::KillNbd(options) => return kill_nbd::run(&options),
         Verb::Quick => return quick::run(),
+        Verb::Nightly => {
+            let tested = test::run(&test::Options::default())?;
+            let scored = scorecard::full()?;
+            let worst = if tested == ExitCode::SUCCESS {
+                scored
+            } else {
+                tested
+            };
+            return Ok(worst);
+        }
+        Verb::Scorecard(options) => return scorecard::run(&options),
         Verb::Test(options) => return test::run(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {

@@ -9,12 +9,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::guest::{Job, Kernel};
-use crate::{command, setup};
+use crate::{command, scorecard, setup};
 
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// What is tested.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct Options {
     /// Only what needs no guest
     #[arg(long, conflicts_with = "guest")]
@@ -41,6 +41,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         note("here", here(options), &mut counts, &mut failed);
     } else if !options.guest {
         note("native", native(options), &mut counts, &mut failed);
+        if options.filter.is_none() {
+            note("scorecard", samples(), &mut counts, &mut failed);
+        }
     }
     if !options.native && !options.here {
         let kernels = options
@@ -109,6 +112,17 @@ fn native(options: &Options) -> Result<Ended> {
         .args(["--locked", "--workspace", "--no-fail-fast"])
         .args(&options.filter);
     relay(&mut runner)
+}
+
+/// The samples of the scorecard.
+fn samples() -> Result<Ended> {
+    let short = scorecard::gate()?;
+    let count = if short.is_empty() {
+        "every sample reaches its targets".to_owned()
+    } else {
+        format!("short of their targets: {}", short.join(", "))
+    };
+    Ok((short.is_empty(), vec![count]))
 }
 
 /// The suites' own program, and the ublkctl that they drive.
