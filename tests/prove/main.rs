@@ -4,6 +4,7 @@ mod crash;
 mod faults;
 mod kill_nbd;
 mod model;
+mod open;
 
 use clap::{Parser, Subcommand};
 use score::{Card, Figure};
@@ -39,6 +40,8 @@ enum Row {
     Faults(faults::Options),
     /// R9: random operations against a model
     Model(model::Options),
+    /// R14: opening a large pool after a crash
+    Open(open::Options),
 }
 
 /// What every row is told.
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Row::Nested(options) => crash::run_nested(common, options).into_figures(),
         Row::Faults(options) => faults::run(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
+        Row::Open(options) => open::run(common, options).into_figures(),
     };
     report(&figures, arguments.json)
 }

@@ -76,8 +76,11 @@ async fn find_lost_block<D: Device>(
     end: u64,
     window: &mut Window,
 ) -> Result<()> {
-    for position in 0..superblock.journal.count {
-        let block = window.block(device, position).await?;
+    // What the chain has led through is not read again.
+    for place in end..superblock.journal_block + superblock.journal.count {
+        let block = window
+            .block(device, place % superblock.journal.count)
+            .await?;
         if let Some((number, batch)) = decode_number(block, superblock.id)?
             && number > end
             && batch > end
@@ -108,13 +111,13 @@ struct Window {
     loaded: Option<std::ops::Range<u64>>,
 }
 
-const WINDOW_BLOCKS: u64 = 64;
+const WINDOW_BLOCKS: u64 = 256;
 
 impl Window {
     fn new(place: Extent) -> Self {
         Self {
             place,
-            buffer: BlockBuf::zeroed(64),
+            buffer: BlockBuf::zeroed(256),
             loaded: None,
         }
     }

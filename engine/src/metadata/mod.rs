@@ -59,16 +59,18 @@ impl Metadata {
                 volume, lba, count, ..
             } => {
                 let entry = self.writable(*volume)?;
-                in_range(&entry, *lba, *count)?;
+                in_range(entry, *lba, *count)?;
+                let root = entry.root;
                 self.map
-                    .prepare_remap(entry.root, *lba, *count, &mut self.space)?;
+                    .prepare_remap(root, *lba, *count, &mut self.space)?;
             }
             Record::Unmap { volume, lba, count } => {
                 let entry = self.writable(*volume)?;
-                in_range(&entry, *lba, *count)?;
-                let step =
-                    self.map
-                        .prepare_unmap(entry.root, *lba, lba.plus(*count), &mut self.space)?;
+                in_range(entry, *lba, *count)?;
+                let root = entry.root;
+                let step = self
+                    .map
+                    .prepare_unmap(root, *lba, lba.plus(*count), &mut self.space)?;
                 return Ok(Prepared::Unmap(step));
             }
             Record::Create { id, name, .. } => {
@@ -139,10 +141,10 @@ impl Metadata {
         ))
     }
 
-    fn writable(&self, id: VolumeId) -> Result<CatalogEntry> {
+    fn writable(&self, id: VolumeId) -> Result<&CatalogEntry> {
         let entry = &self.catalog.get(id)?.entry;
         match entry.role {
-            Role::Volume { .. } => Ok(entry.clone()),
+            Role::Volume { .. } => Ok(entry),
             Role::Snapshot { .. } | Role::Reclaiming { .. } => Err(Error::new(ErrorKind::ReadOnly)),
         }
     }

@@ -18,7 +18,7 @@ use crate::format::layout::{
 use crate::format::page::PagePtr;
 use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeSet, VecDeque};
 
 /// What an operation lacks in memory; the caller reads it from the device and tries again.
@@ -51,7 +51,8 @@ pub(crate) struct SpaceMap {
     blocks: u64,
     journal: Extent,
     regions: Vec<Region>,
-    dirty: BTreeSet<u64>,
+    /// Regions whose counts changed since the last freeze.
+    dirty: FxHashSet<u64>,
     /// Where the index pages of levels 1 to 3 stand.
     index: [Vec<Option<(Slot, Generation)>>; INDEX_LEVELS as usize],
     /// Blocks that a reservation could take now.
@@ -79,7 +80,7 @@ impl SpaceMap {
             blocks,
             journal,
             regions: Vec::new(),
-            dirty: BTreeSet::new(),
+            dirty: FxHashSet::default(),
             index: Default::default(),
             available: 0,
             cursor: 0,
@@ -388,7 +389,9 @@ impl SpaceMap {
     pub(crate) fn freeze(&mut self, generation: Generation) -> FrozenSpace {
         let mut frozen = FrozenSpace::default();
         let mut pages = BTreeSet::new();
-        for region in std::mem::take(&mut self.dirty) {
+        let mut dirty: Vec<u64> = std::mem::take(&mut self.dirty).into_iter().collect();
+        dirty.sort_unstable();
+        for region in dirty {
             let Ok(index) = usize::try_from(region) else {
                 continue;
             };
