@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
@@ -24,11 +25,24 @@ pub struct Pool {
 impl Pool {
     /// A pool that fills the RAM disk.
     pub fn on_ram_disk(name: &'static str) -> Self {
+        Self::on_device(name, RAM_DISK)
+    }
+
+    /// A pool that fills a block device.
+    pub fn on_device(name: &'static str, device: &str) -> Self {
         shell(&format!(
-            "dd if=/dev/zero of={RAM_DISK} bs=1M count=8 conv=fsync status=none"
+            "dd if=/dev/zero of={device} bs=1M count=8 conv=fsync status=none"
         ));
         let pool = Self::prepare(name);
-        pool.ctl(&["pool", "create", name, RAM_DISK, "--force"]);
+        pool.ctl(&["pool", "create", name, device, "--force"]);
+        pool
+    }
+
+    /// A pool in a sparse file of this size, in this folder.
+    pub fn in_folder(name: &'static str, folder: &str, size: &str) -> Self {
+        let pool = Self::prepare(name);
+        let path = format!("{folder}/pool");
+        pool.ctl(&["pool", "create", name, &path, "--size", size]);
         pool
     }
 
@@ -91,14 +105,47 @@ impl Pool {
         said
     }
 
+    /// Runs ublkctl, which must succeed within so many seconds.
+    #[track_caller]
+    pub fn ctl_within(&self, seconds: u64, words: &[&str]) -> String {
+        let mut command = self.prepared("timeout");
+        command.arg(seconds.to_string()).arg("ublkctl").args(words);
+        let output = command.output().expect("timeout starts");
+        assert!(
+            output.status.success(),
+            "ublkctl {} within {seconds} s: {}\n{}",
+            words.join(" "),
+            output.status,
+            complaints(&output)
+        );
+        String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_owned()
+    }
+
     /// Runs ublkctl.
     pub fn try_ctl(&self, words: &[&str]) -> Output {
-        let mut command = Command::new("ublkctl");
-        command.args(words).stdin(Stdio::null());
+        let mut command = self.prepared("ublkctl");
+        command.args(words).output().expect("ublkctl starts")
+    }
+
+    /// Starts ublkctl beside the test.
+    pub fn start_ctl(&self, words: &[&str]) -> Background {
+        let mut command = self.prepared("ublkctl");
         command
+            .args(words)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Background(command.spawn().expect("ublkctl starts"))
+    }
+
+    fn prepared(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .stdin(Stdio::null())
             .env("UBLKCTL_STATE_DIR", self.folder.join("state"))
             .env("UBLKCTL_RUNTIME_DIR", self.folder.join("run"));
-        command.output().expect("ublkctl starts")
+        command
     }
 
     /// Creates a volume.
@@ -141,11 +188,35 @@ impl Pool {
     /// Ends the daemon as nothing else does: without a chance to write anything.
     #[track_caller]
     pub fn kill_daemon(&self) {
-        let pid = fs::read_to_string(self.folder.join("run").join(format!("{}.pid", self.name)));
-        let pid = pid.expect("the daemon has a pid file").trim().to_owned();
+        let pid = self.daemon().expect("the daemon has a pid file");
         shell(&format!("kill -9 {pid}"));
+        self.await_end(&pid);
+    }
+
+    /// The daemon's process number, as its pid file has it.
+    pub fn daemon(&self) -> Option<String> {
+        let file = self.folder.join("run").join(format!("{}.pid", self.name));
+        Some(fs::read_to_string(file).ok()?.trim().to_owned())
+    }
+
+    /// The number of a process that serves the pool, or is about to: it may have no pid file yet.
+    pub fn serving(&self) -> Option<String> {
+        let processes = fs::read_dir("/proc").ok()?.flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().into_string().ok());
+        pids.filter(|pid| !is_zombie(pid)).find(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            words.next().is_some_and(|word| word.ends_with(b"ublkctl"))
+                && words.next() == Some(b"serve")
+                && words.any(|word| word == self.name.as_bytes())
+        })
+    }
+
+    /// Waits for the end of a process that was killed.
+    #[track_caller]
+    pub fn await_end(&self, pid: &str) {
         eventually("the daemon is gone", || {
-            !Path::new("/proc").join(&pid).exists() || is_zombie(&pid)
+            !Path::new("/proc").join(pid).exists() || is_zombie(pid)
         });
     }
 
@@ -206,6 +277,26 @@ impl Device {
     #[track_caller]
     pub fn holds(&self, offset: u64, length: u64, seed: u64) -> bool {
         self.bytes(offset, length) == pattern(length, seed)
+    }
+
+    /// How many blocks of a range cannot be read; the others must hold what [`Self::fill`] wrote with this seed.
+    #[track_caller]
+    pub fn unreadable_blocks(&self, offset: u64, length: u64, seed: u64) -> u64 {
+        shell(&format!("blockdev --flushbufs {}", self.path));
+        let file = File::open(&self.path).expect("the device opens");
+        let mut unreadable = 0;
+        let mut block = [0; 4096];
+        for (at, expected) in (offset..)
+            .step_by(block.len())
+            .zip(pattern(length, seed).chunks(4096))
+        {
+            if file.read_exact_at(&mut block, at).is_err() {
+                unreadable += 1;
+            } else {
+                assert!(block == *expected, "byte {at} and on: something else");
+            }
+        }
+        unreadable
     }
 
     /// Whether a range reads as zeros.
@@ -272,6 +363,16 @@ pub struct Mount {
 }
 
 impl Mount {
+    /// A new file system in memory, of this size.
+    #[track_caller]
+    pub fn tmpfs(name: &str, size: &str) -> Self {
+        let path = format!("/run/{name}");
+        shell(&format!(
+            "mkdir -p {path} && mount -t tmpfs -o size={size} {name} {path}"
+        ));
+        Self { path }
+    }
+
     /// Unmounts it, which must succeed.
     #[track_caller]
     pub fn unmount(self) {
@@ -285,6 +386,71 @@ impl Drop for Mount {
         drop(try_shell(&format!(
             "umount {0} || umount -l {0}",
             self.path
+        )));
+    }
+}
+
+/// A device of the device mapper over the RAM disk, removed when dropped.
+#[derive(Debug)]
+pub struct Mapped {
+    name: &'static str,
+    sectors: u64,
+}
+
+impl Mapped {
+    /// So many bytes of the RAM disk as they are; none, with a line that says so, where the kernel has no `module`.
+    #[track_caller]
+    pub fn whole(name: &'static str, module: &str, bytes: u64) -> Option<Self> {
+        drop(try_shell(&format!("modprobe -a dm-mod {module}")));
+        let target = module.trim_start_matches("dm-");
+        let targets = try_shell("dmsetup targets").stdout;
+        let targets = String::from_utf8_lossy(&targets).into_owned();
+        if target != "mod" && !targets.lines().any(|line| line.starts_with(target)) {
+            println!("skipped: this kernel has no {module}");
+            return None;
+        }
+        let mapped = Self {
+            name,
+            sectors: bytes / 512,
+        };
+        shell(&format!(
+            "DM_DISABLE_UDEV=1 dmsetup create {name} --table '0 {} linear {RAM_DISK} 0'",
+            mapped.sectors
+        ));
+        Some(mapped)
+    }
+
+    /// `/dev/mapper/NAME`
+    pub fn path(&self) -> String {
+        format!("/dev/mapper/{}", self.name)
+    }
+
+    /// The device below it.
+    pub fn lower(&self) -> &'static str {
+        RAM_DISK
+    }
+
+    /// Makes all of it be this target.
+    #[track_caller]
+    pub fn load(&self, target: &str) {
+        self.load_table(&format!("0 {} {target}", self.sectors));
+    }
+
+    /// Gives it another table, while it is used.
+    #[track_caller]
+    pub fn load_table(&self, table: &str) {
+        shell(&format!(
+            "export DM_DISABLE_UDEV=1; dmsetup suspend --nolockfs {0} && dmsetup load {0} --table '{table}' && dmsetup resume {0}",
+            self.name
+        ));
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        drop(try_shell(&format!(
+            "DM_DISABLE_UDEV=1 dmsetup remove --retry {}",
+            self.name
         )));
     }
 }
@@ -308,6 +474,11 @@ impl Background {
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         matches!(self.0.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end; whether that was a success.
+    pub fn ends(mut self) -> bool {
+        self.0.wait().is_ok_and(|status| status.success())
     }
 
     /// Waits for its end, which must be a success.
@@ -360,14 +531,20 @@ pub fn try_shell(line: &str) -> Output {
         .expect("sh starts")
 }
 
+/// A number that the environment sets, or the one of a short run.
+pub fn from_environment(variable: &str, short: u64) -> u64 {
+    let value = std::env::var(variable).ok();
+    value.map_or(short, |value| value.parse().expect("a number"))
+}
+
 /// Waits, half a minute at most, until something becomes true.
 #[track_caller]
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    for _ in 0..300 {
+    for _ in 0..3000 {
         if holds() {
             return;
         }
-        sleep(Duration::from_millis(100));
+        sleep(Duration::from_millis(10));
     }
     panic!("half a minute went by, and still not: {what}");
 }

@@ -1,9 +1,12 @@
 //! Real ublk devices under real file systems and loads. `cargo x test` runs these in the guest:
 //! they need root, a kernel with ublk, and a RAM disk that they may overwrite.
 
+mod churn;
 mod devices;
+mod faults;
 mod filesystems;
 mod full_pool;
+mod kills;
 mod ranges;
 mod recovery;
 mod rollback;

@@ -6,7 +6,9 @@ mod demo;
 mod guest;
 mod kill_nbd;
 mod paths;
+mod power_cut;
 mod quick;
+mod row;
 mod scorecard;
 mod setup;
 mod test;
@@ -47,6 +49,12 @@ enum Verb {
     Test(test::Options),
     /// What is too long for every change: all tests, then every row of the scorecard at full size
     Nightly,
+    /// Scorecard R7: kill the daemon and take its devices back, under a load that verifies
+    Kill(row::Options),
+    /// Scorecard R7b: cut the guest's power under a file system, and look at what is left
+    PowerCut(power_cut::Options),
+    /// Scorecard R14: attach and detach a device many times
+    Churn(row::Options),
     /// The rules of this repository that no compiler knows
     Tidy {
         /// Note that docs/format.md describes the format as it is now
@@ -111,6 +119,9 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         }
         Verb::Scorecard(options) => return scorecard::run(&options),
         Verb::Test(options) => return test::run(&options),
+        Verb::Kill(options) => return row::kill(&options),
+        Verb::PowerCut(options) => return power_cut::run(&options),
+        Verb::Churn(options) => return row::churn(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {
             kernel,

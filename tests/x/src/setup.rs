@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::command;
 
 /// Compilers and libclang for the ublk bindings, then what the guest is made of, and clients of NBD.
-const PACKAGES: [&str; 15] = [
+const PACKAGES: [&str; 16] = [
     "clang",
     "gcc",
     "libc6-dev",
@@ -17,6 +17,7 @@ const PACKAGES: [&str; 15] = [
     "pkg-config",
     "btrfs-progs",
     "busybox-static",
+    "dmsetup",
     "e2fsprogs",
     "fio",
     "libnbd-bin",

@@ -1,5 +1,6 @@
 //! `x test`: everything, natively and in the guest, on both kernels.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -9,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::guest::{Job, Kernel};
-use crate::{command, scorecard, setup};
+use crate::{command, power_cut, scorecard, setup};
 
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
@@ -62,6 +63,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 }
             }
             Err(error) => note("guest", Err(error), &mut counts, &mut failed),
+        }
+        if options.filter.is_none() && options.kernel.is_none_or(|kernel| kernel == Kernel::New) {
+            note("power cuts", power_cut::sample(), &mut counts, &mut failed);
         }
     }
     println!();
@@ -126,7 +130,7 @@ fn samples() -> Result<Ended> {
 }
 
 /// The suites' own program, and the ublkctl that they drive.
-fn programs() -> Result<(PathBuf, PathBuf)> {
+pub fn programs() -> Result<(PathBuf, PathBuf)> {
     let mut build = command::cargo();
     build.args([
         "test",
@@ -174,17 +178,22 @@ fn in_guest(kernel: Kernel, suites: &Path, ublkctl: &Path, options: &Options) ->
 
 fn here(options: &Options) -> Result<Ended> {
     let (suites, ublkctl) = programs()?;
+    let mut runner = Command::new(suites);
+    runner
+        .args(["--ignored", "--test-threads=1"])
+        .args(&options.filter);
+    runner.env("PATH", search_path(&ublkctl)?);
+    relay(&mut runner)
+}
+
+/// Where the suites find this ublkctl first, and mkfs and its kin.
+pub fn search_path(ublkctl: &Path) -> Result<OsString> {
     let mut folders = vec![ublkctl.parent().context("ublkctl lies nowhere")?.to_owned()];
     folders.extend(std::env::split_paths(
         &std::env::var_os("PATH").unwrap_or_default(),
     ));
     folders.extend(["/usr/sbin".into(), "/sbin".into()]);
-    let mut runner = Command::new(suites);
-    runner
-        .args(["--ignored", "--test-threads=1"])
-        .args(&options.filter);
-    runner.env("PATH", std::env::join_paths(folders)?);
-    relay(&mut runner)
+    Ok(std::env::join_paths(folders)?)
 }
 
 fn is_count(line: &str) -> bool {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{Job, Kernel};
+use super::{Go, Job, Kernel};
 use crate::paths;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ fn kvm_boots() -> bool {
     let mut job = Job::new(Kernel::New, "true", Duration::from_secs(20));
     job.silent = true;
     let works = job
-        .run_with(Accel::Kvm)
+        .run_with(Accel::Kvm, &mut |_| Go::On)
         .is_ok_and(|outcome| outcome.status == 0);
     eprintln!(
         "x: {}",

@@ -16,7 +16,7 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 29] = [
+const PROGRAMS: [&str; 30] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
@@ -24,6 +24,7 @@ const PROGRAMS: [&str; 29] = [
     "dash",
     "date",
     "dd",
+    "dmsetup",
     "dumpe2fs",
     "e2fsck",
     "fallocate",

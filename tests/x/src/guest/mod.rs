@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 pub use kernel::Kernel;
-pub use qemu::Outcome;
+pub use qemu::{Go, Outcome};
 
 /// One boot: the kernel, what lies in the guest's file system, and the command.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Job {
     limit: Duration,
     /// Time follows the instructions that ran: what the guest measures repeats on a busy machine.
     pub instruction_clock: bool,
-    /// Image files, attached as /dev/vda and so on.
+    /// Image files, or what else qemu takes for one, attached as /dev/vda and so on.
     pub disks: Vec<PathBuf>,
     /// Programs and files to put into the guest: from here, to there.
     files: Vec<(PathBuf, String)>,
@@ -66,28 +66,37 @@ impl Job {
 
     /// Boots, relays what the guest prints, and returns the command's exit status.
     pub fn run(&self) -> Result<Outcome> {
+        self.run_watched(&mut |_| Go::On)
+    }
+
+    /// The same with somebody who hears each line that the guest prints, and nothing from time to time, and may end it.
+    pub fn run_watched(&self, watch: &mut dyn FnMut(Option<&str>) -> Go) -> Result<Outcome> {
         let accel = if self.instruction_clock {
             accel::Accel::Instructions
         } else {
             accel::best()?
         };
-        self.run_with(accel)
+        self.run_with(accel, watch)
     }
 
-    fn run_with(&self, accel: accel::Accel) -> Result<Outcome> {
+    fn run_with(
+        &self,
+        accel: accel::Accel,
+        watch: &mut dyn FnMut(Option<&str>) -> Go,
+    ) -> Result<Outcome> {
         if !cfg!(target_arch = "x86_64") {
             bail!("the guest is an x86-64 machine: this is not one");
         }
         let kernel = kernel::ensure(self.kernel)?;
         let image = initramfs::build(&kernel, &self.script, &self.files)?;
-        let outcome = qemu::boot(&qemu::Machine {
+        let machine = qemu::Machine {
             accel,
             kernel: &kernel.image,
             initramfs: image.path(),
             disks: &self.disks,
             limit: self.limit,
             silent: self.silent,
-        })?;
-        Ok(outcome)
+        };
+        qemu::boot(&machine, watch)
     }
 }

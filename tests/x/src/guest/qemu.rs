@@ -32,6 +32,20 @@ pub struct Outcome {
     pub kernel: String,
 }
 
+/// What is to become of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Go {
+    /// It goes on.
+    On,
+    /// It is killed, as a power cut would.
+    Off,
+}
+
+/// How long nobody hears of a machine that says nothing.
+const TICK: Duration = Duration::from_millis(10);
+/// The exit status of a command that was killed with its machine.
+const KILLED: u8 = 137;
+
 /// Kills the machine on every way out.
 struct Running(Child);
 
@@ -44,7 +58,10 @@ impl Drop for Running {
 }
 
 /// Boots the machine and waits for its end.
-pub(super) fn boot(machine: &Machine<'_>) -> Result<Outcome> {
+pub(super) fn boot(
+    machine: &Machine<'_>,
+    watch: &mut dyn FnMut(Option<&str>) -> Go,
+) -> Result<Outcome> {
     let mut command = command(machine);
     let mut running = Running(
         command
@@ -70,9 +87,18 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<Outcome> {
     loop {
         #[expect(clippy::disallowed_methods, reason = "the limit is on real time")]
         let left = deadline.saturating_duration_since(Instant::now());
-        match chunks.recv_timeout(left) {
-            Ok(chunk) => console.take(&chunk)?,
+        let mut go = Go::On;
+        match chunks.recv_timeout(left.min(TICK)) {
+            Ok(chunk) => {
+                console.take(&chunk)?;
+                for line in console.heard.drain(..) {
+                    if watch(Some(&line)) == Go::Off {
+                        go = Go::Off;
+                    }
+                }
+            }
             Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if !left.is_zero() => go = watch(None),
             Err(RecvTimeoutError::Timeout) => {
                 bail!(
                     "the guest was killed after {} s{}",
@@ -80,6 +106,18 @@ pub(super) fn boot(machine: &Machine<'_>) -> Result<Outcome> {
                     console.before_the_end()
                 )
             }
+        }
+        if go == Go::Off {
+            running.0.kill().context("cannot kill the guest")?;
+            // What it had said before counts.
+            for chunk in chunks {
+                console.take(&chunk)?;
+            }
+            for line in console.heard.drain(..) {
+                watch(Some(&line));
+            }
+            console.status.get_or_insert(KILLED);
+            break;
         }
     }
     console.outcome()
@@ -111,9 +149,10 @@ fn command(machine: &Machine<'_>) -> Command {
         .arg("-initrd")
         .arg(machine.initramfs);
     for disk in machine.disks {
-        command
-            .arg("-drive")
-            .arg(format!("if=virtio,format=raw,file={}", disk.display()));
+        command.arg("-drive").arg(format!(
+            "if=virtio,format=raw,discard=unmap,file={}",
+            disk.display()
+        ));
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     command
@@ -131,6 +170,8 @@ struct Console {
     line: Vec<u8>,
     relayed: usize,
     output: String,
+    /// Lines of the guest that nobody was told of yet.
+    heard: Vec<String>,
     status: Option<u8>,
     panic: Option<String>,
 }
@@ -174,6 +215,7 @@ impl Console {
             self.relay()?;
             self.output.push_str(&text);
             self.output.push('\n');
+            self.heard.push(text);
         } else {
             self.boot.push_str(&text);
             self.boot.push('\n');
