@@ -186,13 +186,30 @@ pub(crate) enum PoolCommand {
         #[arg(value_parser = size::parse)]
         size: u64,
     },
-    /// Verify all metadata of a pool
+    /// Verify all metadata of a pool, and mend what needs no guessing
     ///
-    /// Exits with 0 if it is clean, 4 if it is corrupt, 5 if blocks are lost and nothing is damaged.
+    /// Exits with 0 if it is clean, 4 if it is corrupt, 5 if blocks are lost and nothing is damaged. Damage is named
+    /// volume by volume; the rest can be used, or at least read.
+    ///
+    /// With --repair it first says what is wrong, where, and what it will do; then it does that, and exits as a check
+    /// of the mended pool does. Counts are found again from the maps, lost blocks are given back, a superblock copy is
+    /// written again from the other. With --dry-run it exits with 0 if there is nothing to do, otherwise 4.
     Check {
         /// A pool's name, or the path of its file or device
         #[arg(value_name = "NAME|PATH")]
         pool: String,
+        /// Mend what needs no guessing; refused while a daemon serves the pool
+        #[arg(long)]
+        repair: bool,
+        /// Only say what a repair would do
+        #[arg(short = 'n', long, requires = "repair")]
+        dry_run: bool,
+        /// Do not ask
+        #[arg(short, long, requires = "repair")]
+        yes: bool,
+        /// Where the journal is damaged: go back to the state before that, and give up what was written later
+        #[arg(long, requires = "repair")]
+        discard_journal: bool,
         #[command(flatten)]
         format: Format,
     },

@@ -1,6 +1,7 @@
 //! `prove`: the rows of the scorecard that run in this process, most of them on a simulated device. One file per row.
 
 mod crash;
+mod damage;
 mod faults;
 mod kill_nbd;
 mod model;
@@ -30,6 +31,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Row {
+    /// R6: damaged metadata
+    Damage(damage::Options),
     /// R7, its half over NBD: kills under verifying clients; see `cargo x kill-nbd`
     KillNbd(kill_nbd::Options),
     /// R1: a crash after every device operation of eight workloads
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         seed: arguments.seed,
     };
     let figures = match &arguments.row {
+        Row::Damage(options) => damage::run(common, options).into_figures(),
         Row::KillNbd(options) => kill_nbd::run(common, options).into_figures(),
         Row::Crash(options) => crash::run(common, options).into_figures(),
         Row::Nested(options) => crash::run_nested(common, options).into_figures(),

@@ -1,6 +1,7 @@
 //! The shared kit of the suites.
 
 pub mod crash;
+pub mod damage;
 pub mod faults;
 pub mod fixture;
 pub mod guest;

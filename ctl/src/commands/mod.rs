@@ -5,6 +5,7 @@ mod doctor;
 mod list;
 mod nbd;
 mod pool;
+mod repair;
 mod shell;
 mod stats;
 mod volume;

@@ -1,5 +1,6 @@
 //! Pools: create, import, export, list, status, grow, check, destroy.
 
+use super::repair::{self, Consent};
 use super::{change, unexpected};
 use crate::cli::PoolCommand;
 use crate::client;
@@ -16,7 +17,7 @@ use blockfork::device::{Access, BlockBuf, Device, FileDevice, PoolFile};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::limits::{POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
 use blockfork::name::Name;
-use blockfork::pool::{CheckReport, CreateOptions, OpenOptions, Pool, RingPlace};
+use blockfork::pool::{CheckReport, CreateOptions, OpenOptions, Pool, RepairOptions, RingPlace};
 use blockfork::units::{BLOCK_BYTES, PoolId};
 use futures_lite::future::block_on;
 use std::fs::{self, File, OpenOptions as FileOptions};
@@ -48,7 +49,26 @@ pub(super) fn run(command: PoolCommand) -> Result<u8> {
             check_size(size)?;
             change(&name, &Request::Grow { bytes: size })
         }
-        PoolCommand::Check { pool, format } => return check(&pool, format),
+        PoolCommand::Check {
+            pool,
+            repair: true,
+            dry_run,
+            yes,
+            discard_journal,
+            format,
+        } => {
+            let entry = known(&pool)?;
+            let options = RepairOptions {
+                discards_journal: discard_journal,
+            };
+            let consent = match (dry_run, yes) {
+                (true, _) => Consent::DryRun,
+                (false, true) => Consent::Given,
+                (false, false) => Consent::Ask,
+            };
+            return repair::run(entry.as_ref(), Path::new(&pool), options, consent, format);
+        }
+        PoolCommand::Check { pool, format, .. } => return check(&pool, format),
         PoolCommand::Destroy {
             name,
             force: _,
@@ -474,7 +494,7 @@ fn check_path(path: &Path) -> Result<CheckReport> {
     block_on(pool.check(&device, &mut |done, total| bar.show(done, total)))
 }
 
-fn print_report(report: &CheckReport, format: Format) -> Result<()> {
+pub(super) fn print_report(report: &CheckReport, format: Format) -> Result<()> {
     let verdict = match report.exit_code() {
         0 => "clean",
         5 => "blocks are lost, nothing is damaged",
@@ -492,6 +512,28 @@ fn print_report(report: &CheckReport, format: Format) -> Result<()> {
             .iter()
             .map(|damage| ("damage", damage.clone())),
     );
+    properties.extend(report.unreadable.iter().map(|unreadable| {
+        let name = unreadable.path.as_ref().map_or_else(
+            || format!("removed volume number {}", unreadable.id.0),
+            ToString::to_string,
+        );
+        let bytes: u64 = unreadable.ranges.iter().map(|range| range.length).sum();
+        let ranges = unreadable
+            .ranges
+            .iter()
+            .map(|range| format!("{}+{}", range.offset, range.length));
+        let mut ranges: Vec<String> = ranges.collect();
+        if bytes < unreadable.bytes {
+            ranges.push("more".to_owned());
+        }
+        let line = format!(
+            "{name}: {} of it, {}: {}",
+            format.size(unreadable.bytes),
+            unreadable.reason,
+            ranges.join(", ")
+        );
+        ("unreadable", line)
+    }));
     output::properties(format, &properties)
 }
 

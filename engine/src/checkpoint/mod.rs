@@ -9,6 +9,6 @@ mod load;
 mod superblock;
 mod write;
 
-pub(crate) use load::load;
+pub(crate) use load::{Losses, load, load_readable};
 pub(crate) use superblock::{read_superblocks, write_superblocks};
 pub(crate) use write::{Checkpoints, Ending};

@@ -4,6 +4,7 @@
 //! block before it. The chain makes blocks that an earlier, interrupted commit left further on worthless.
 
 use super::bytes::{Reader, Writer, crc_without};
+use super::one_bit::flipped_bit;
 use super::record::{RECORD_BYTES_MAX, Record};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_LEN, PoolId, Seq};
@@ -143,6 +144,35 @@ pub(crate) fn decode_block(
     Ok(Some((reader.bytes(length)?, crc)))
 }
 
+/// Whether `block` is the block that `header` describes but for one flipped bit: it was whole, and decayed. A block that
+/// a power cut tore is another thing, whole sectors of it are old.
+pub(crate) fn is_decayed(block: &[u8; BLOCK_LEN], header: BlockHeader) -> Result<bool> {
+    let mut expected = [0; 48];
+    let mut writer = Writer::new(&mut expected);
+    writer.u32(MAGIC);
+    writer.u32(0);
+    writer.bytes(&header.pool.0);
+    writer.u64(header.number);
+    writer.u64(header.first_seq.0);
+    writer.u32(header.chain);
+    let unlike: u32 = (0..44)
+        .zip(block.iter().zip(&expected))
+        .filter(|(at, _)| !CRC_AT.contains(at))
+        .map(|(_, (found, expected))| (found ^ expected).count_ones())
+        .sum();
+    if unlike > 1 {
+        return Ok(false);
+    }
+    let Some((byte, mask)) = flipped_bit(block, &CRC_AT, crc_without(block, CRC_AT)) else {
+        return Ok(false);
+    };
+    let mut mended = *block;
+    if let Some(byte) = mended.get_mut(byte) {
+        *byte ^= mask;
+    }
+    Ok(decode_block(&mended, header)?.is_some())
+}
+
 /// For any block: its number and its commit's first, if it is a whole journal block of the pool.
 pub(crate) fn decode_number(block: &[u8; BLOCK_LEN], pool: PoolId) -> Result<Option<(u64, u64)>> {
     let mut reader = Reader::new(block);
@@ -280,6 +310,34 @@ mod tests {
         ] {
             assert_eq!(decode_block(&blocks[0], other).unwrap(), None);
         }
+    }
+
+    #[test]
+    fn a_block_with_one_flipped_bit_is_decayed_and_a_torn_one_is_not() {
+        let mut framed = Vec::new();
+        for record in records() {
+            encode_framed(&record, false, &mut framed);
+        }
+        let header = BlockHeader {
+            pool: PoolId([1; 16]),
+            number: 4,
+            chain: 5,
+            first_seq: Seq(1),
+            batch: 4,
+            session: 1,
+        };
+        let (blocks, _) = encode_blocks(&framed, header).unwrap();
+        let mut block = blocks[0];
+        assert!(!is_decayed(&block, header).unwrap());
+        for bit in (0..BLOCK_LEN * 8).step_by(61).chain(0..600) {
+            block[bit / 8] ^= 1 << (bit % 8);
+            assert!(is_decayed(&block, header).unwrap(), "bit {bit}");
+            assert!(decode_block(&block, header).unwrap().is_none(), "bit {bit}");
+            block[bit / 8] ^= 1 << (bit % 8);
+        }
+        block[512..].fill(0);
+        assert!(!is_decayed(&block, header).unwrap());
+        assert!(!is_decayed(&[0; BLOCK_LEN], header).unwrap());
     }
 
     #[test]

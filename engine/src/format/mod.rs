@@ -9,6 +9,7 @@ pub(crate) mod counts;
 pub(crate) mod journal;
 pub(crate) mod layout;
 pub(crate) mod map_page;
+pub(crate) mod one_bit;
 pub(crate) mod page;
 pub(crate) mod record;
 pub(crate) mod superblock;

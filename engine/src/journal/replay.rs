@@ -4,10 +4,10 @@ use super::commit::Tail;
 use crate::device::{BlockBuf, Device};
 use crate::error::{Error, Result};
 use crate::format::journal::{
-    BlockHeader, Framed, decode_block, decode_framed, decode_number, split_framed,
+    BlockHeader, Framed, decode_block, decode_framed, decode_number, is_decayed, split_framed,
 };
 use crate::format::superblock::Superblock;
-use crate::units::{BLOCK_LEN, Extent, Seq};
+use crate::units::{BLOCK_LEN, Extent, Pba, Seq};
 
 /// What the journal holds beyond the checkpoint.
 #[derive(Debug)]
@@ -18,6 +18,10 @@ pub(crate) struct ReadJournal {
     pub(crate) next_seq: Seq,
     /// Where it goes on.
     pub(crate) tail: Tail,
+    /// Why durable records are missing behind those read; none as far as the journal tells.
+    pub(crate) lost: Option<Error>,
+    /// The first number that no block has, whole or behind a damaged one.
+    pub(crate) beyond: u64,
 }
 
 /// Reads what the checkpoint of `superblock` does not cover. `may_be_lost`: after a crash, looks whether the journal
@@ -52,8 +56,16 @@ pub(crate) async fn read_journal<D: Device>(
         header.number += 1;
         header.chain = crc;
     }
+    let (mut lost, mut beyond) = (None, header.number);
     if may_be_lost {
-        find_lost_block(device, superblock, header.number, &mut window).await?;
+        lost = find_decayed(device, superblock, header, &mut window).await?;
+        let later = find_later(device, superblock, header.number, &mut window).await?;
+        beyond = beyond.max(later.beyond) + u64::from(lost.is_some());
+        if later.shows_loss && lost.is_none() {
+            let fact =
+                "journal block: is damaged, although a later commit shows that it was durable";
+            lost = Some(Error::corrupt(fact).at_pba(at(superblock, header.number)));
+        }
     }
     Ok(ReadJournal {
         records,
@@ -65,17 +77,48 @@ pub(crate) async fn read_journal<D: Device>(
             oldest: superblock.journal_block,
             session: superblock.session + 1,
         },
+        lost,
+        beyond,
     })
+}
+
+/// Where the block of a number stands.
+fn at(superblock: &Superblock, number: u64) -> Pba {
+    let journal = superblock.journal;
+    journal.start.plus(number % journal.count)
+}
+
+/// A block that was whole and has a flipped bit is no torn commit, so it may have been durable.
+async fn find_decayed<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+    end: BlockHeader,
+    window: &mut Window,
+) -> Result<Option<Error>> {
+    let position = end.number % superblock.journal.count;
+    let block = window.block(device, position).await?;
+    let fact = "journal block: one bit of it is flipped, and it may have been durable";
+    Ok(is_decayed(block, end)?.then(|| Error::corrupt(fact).at_pba(at(superblock, end.number))))
+}
+
+/// What stands behind the journal's end.
+struct Later {
+    shows_loss: bool,
+    beyond: u64,
 }
 
 /// A commit begins only when the one before it is flushed. So a whole block of a commit that began behind `end` says
 /// that the block `end` was durable: that it cannot be read is damage, not a torn commit.
-async fn find_lost_block<D: Device>(
+async fn find_later<D: Device>(
     device: &D,
     superblock: &Superblock,
     end: u64,
     window: &mut Window,
-) -> Result<()> {
+) -> Result<Later> {
+    let mut later = Later {
+        shows_loss: false,
+        beyond: end,
+    };
     // What the chain has led through is not read again.
     for place in end..superblock.journal_block + superblock.journal.count {
         let block = window
@@ -83,18 +126,12 @@ async fn find_lost_block<D: Device>(
             .await?;
         if let Some((number, batch)) = decode_number(block, superblock.id)?
             && number > end
-            && batch > end
         {
-            let at = superblock
-                .journal
-                .start
-                .plus(end % superblock.journal.count);
-            let fact =
-                "journal block: is damaged, although a later commit shows that it was durable";
-            return Err(Error::corrupt(fact).at_pba(at));
+            later.shows_loss |= batch > end;
+            later.beyond = later.beyond.max(number + 1);
         }
     }
-    Ok(())
+    Ok(later)
 }
 
 /// Drops the records at the end that belong to a change whose last record is missing.

@@ -342,8 +342,7 @@ impl Metadata {
     /// Applies a record of the journal, all of its steps.
     pub(crate) fn replay(&mut self, record: &Record, seq: Seq) -> Result<(), Fault> {
         let Record::Unmap { volume, lba, count } = record else {
-            let prepared = self.prepare(record)?;
-            return Ok(self.apply(record, prepared, seq)?);
+            return self.replay_step(record, seq).map(drop);
         };
         // Steps already taken find a hole, so a step that lacks something may be tried again from the start.
         let (mut at, end) = (*lba, lba.plus(*count));
@@ -353,14 +352,22 @@ impl Metadata {
                 lba: at,
                 count: end.0 - at.0,
             };
-            let prepared = self.prepare(&rest)?;
-            let Prepared::Unmap(step) = prepared else {
-                break;
-            };
-            self.apply(&rest, prepared, seq)?;
-            at = step.end();
+            match self.replay_step(&rest, seq)? {
+                Some(next) => at = next,
+                None => break,
+            }
         }
         Ok(())
+    }
+
+    /// Applies a record of the journal, or the first step of one that goes step by step: where the next one begins.
+    pub(crate) fn replay_step(&mut self, record: &Record, seq: Seq) -> Result<Option<Lba>, Fault> {
+        let prepared = self.prepare(record)?;
+        self.apply(record, prepared, seq)?;
+        Ok(match prepared {
+            Prepared::Unmap(step) => Some(step.end()),
+            Prepared::Whole => None,
+        })
     }
 
     /// Returns a step's worth of a removed tree's space. `seq` is the last record appended.

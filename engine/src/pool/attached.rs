@@ -37,6 +37,7 @@ impl Attached {
         let clock = &pool.ledger.clock;
         let volume = pool.ledger.look(|metadata| {
             let entry = &metadata.catalog.find(path)?.entry;
+            pool.check_withheld(entry.id, path)?;
             Ok::<_, Error>(AttachedVolume {
                 id: entry.id,
                 bytes: AtomicU64::new(entry.bytes),

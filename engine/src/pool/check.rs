@@ -1,45 +1,55 @@
 //! Checking: every reference is counted and held against the count that the pool keeps.
 //!
 //! What is checked is what stands on disk. A pool open for writing first writes a checkpoint and writes none while it
-//! is read back; one open read-only is checked with its journal replayed in memory.
+//! is read back; one open read-only is checked with its journal replayed in memory, or, where that cannot be done,
+//! without.
 
 use super::Pool;
-use super::open::load_current;
-use super::report::CheckReport;
-use crate::checkpoint::load;
+use super::mend::{Purpose, mend};
+use super::reach::Reach;
+use super::recovery::load_current;
+use super::report::{ByteRange, CheckReport, Unreadable};
+use crate::checkpoint::{Losses, load_readable, read_superblocks};
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::format::catalog::{CatalogEntry, Role};
-use crate::format::layout::{REGION_BLOCKS, is_fixed, region_count};
-use crate::format::map_page::{Node, span_blocks};
-use crate::format::page::PagePtr;
-use crate::metadata::{Metadata, blocks_of};
-use crate::space::Fault;
-use crate::units::{Generation, Lba, Pba};
-use rustc_hash::FxHashMap;
-use std::sync::Arc;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::catalog::Role;
+use crate::format::layout::{REGION_BLOCKS, region_count};
+use crate::format::superblock::Superblock;
+use crate::metadata::Metadata;
+use crate::units::{BLOCK_BYTES, Generation, Pba, VolumeId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
-/// Map pages kept in memory while checking.
-const PAGES_KEPT: usize = 1 << 16;
 /// Of each kind of damage, at most this many lines are reported.
 const DAMAGE_LINES_MAX: usize = 1000;
+/// Of what a volume cannot read, at most this many ranges are reported.
+const RANGES_MAX: usize = 8;
+/// Of those who reach a page, at most this many are named in its line.
+const NAMES_MAX: usize = 4;
 
-struct Check<'a, D> {
-    device: &'a D,
-    metadata: Metadata,
-    durable: Generation,
-    /// How many references to each block were found.
-    found: FxHashMap<u64, Box<[u32]>>,
-    report: CheckReport,
-    total: u64,
+/// What is wrong with the counts of a region.
+#[derive(Debug, Default)]
+pub(super) struct RegionFault {
+    /// They cannot be read.
+    pub(super) lost: Option<Error>,
+    /// Blocks that have more references than counted.
+    pub(super) low: u64,
+    /// Blocks counted more often than referred to.
+    pub(super) high: u64,
 }
 
-/// A page to visit: where it stands in its map, and from where on its blocks still count.
-struct Visit {
-    ptr: PagePtr,
-    level: u8,
-    base: Lba,
-    cursor: Lba,
+/// All that a check finds of the metadata of a checkpoint.
+#[derive(Debug)]
+pub(super) struct Findings {
+    pub(super) metadata: Metadata,
+    pub(super) losses: Losses,
+    pub(super) reach: Reach,
+    /// By region, those with a fault.
+    pub(super) regions: BTreeMap<u64, RegionFault>,
+    /// For each entry, the logical blocks below pages that cannot be read.
+    pub(super) lost: BTreeMap<VolumeId, Vec<(Pba, Range<u64>)>>,
+    /// Lines about counts that are too low.
+    low_lines: Vec<String>,
 }
 
 impl Pool {
@@ -51,203 +61,291 @@ impl Pool {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CheckReport> {
         let _alone = self.control.lock().await;
-        if !self.is_read_only {
-            self.checkpoint(device).await?;
+        let mut first = Vec::new();
+        if !self.is_read_only
+            && let Err(error) = self.checkpoint(device).await
+        {
+            if error.kind() != ErrorKind::Corrupt {
+                return Err(error);
+            }
+            first.push(format!("no checkpoint can be written: {error}"));
         }
         let superblock = self.checkpoints.hold().await;
+        let (generation, all) = (superblock.generation, BTreeSet::new());
+        let (mut unapplied, mut losses) = (None, Losses::default());
         let metadata = if self.is_read_only {
-            load_current(
-                device,
-                &superblock,
-                superblock.is_clean,
-                &self.ring,
-                &mut Vec::new(),
-            )
-            .await?
-            .0
+            first.extend(superblock_faults(device, &superblock).await?);
+            let (was_clean, warnings) = (superblock.is_clean, &mut Vec::new());
+            match load_current(device, &superblock, was_clean, &self.ring, warnings).await {
+                Ok((metadata, _)) => Some(metadata),
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    unapplied = Some(error);
+                    None
+                }
+                Err(error) => return Err(error),
+            }
         } else {
-            load(device, &superblock).await?
+            None
         };
-        let mut check = Check {
-            device,
-            total: metadata.space.used_blocks(),
-            metadata,
-            durable: superblock.generation,
-            found: FxHashMap::default(),
-            report: CheckReport::default(),
+        let metadata = if let Some(metadata) = metadata {
+            metadata
+        } else {
+            let (metadata, lost) = load_readable(device, &superblock).await?;
+            losses = lost;
+            metadata
         };
-        check.catalog();
-        let entries: Vec<CatalogEntry> = check
-            .metadata
-            .catalog
-            .entries()
-            .into_iter()
-            .cloned()
-            .collect();
-        for entry in &entries {
-            check.map(entry, progress).await;
+        let findings = Findings::of(device, metadata, losses, generation, &all, progress).await;
+        let mut report = findings.report();
+        if let Some(error) = unapplied {
+            // Counts are held against the checkpoint that they belong to, but what cannot be read is what a reader of
+            // this pool cannot.
+            report.unreadable = self.unreadable_now(device, &superblock).await?;
+            if report.damage.is_empty() {
+                first.push(format!(
+                    "what no checkpoint covers cannot be applied: {error}"
+                ));
+            }
         }
-        check.counts().await;
-        Ok(check.report)
+        for id in &self.withheld {
+            let path = self.ledger.look(|metadata| metadata.catalog.path(*id));
+            let bytes = self.ledger.look(|metadata| {
+                metadata
+                    .catalog
+                    .get(*id)
+                    .map_or(0, |found| found.entry.bytes)
+            });
+            report.unreadable.retain(|other| other.id != *id);
+            report.unreadable.push(Unreadable {
+                path,
+                id: *id,
+                bytes,
+                ranges: vec![ByteRange {
+                    offset: 0,
+                    length: bytes,
+                }],
+                reason: "acknowledged writes to it may be lost".to_owned(),
+            });
+        }
+        first.append(&mut report.damage);
+        report.damage = first;
+        report.damage.truncate(DAMAGE_LINES_MAX);
+        Ok(report)
+    }
+
+    /// What of each volume and snapshot cannot be read, with everything applied that can be.
+    async fn unreadable_now<D: Device>(
+        &self,
+        device: &D,
+        superblock: &Superblock,
+    ) -> Result<Vec<Unreadable>> {
+        let (was_clean, generation) = (superblock.is_clean, superblock.generation);
+        let (look, all, ignore) = (Purpose::Look, BTreeSet::new(), &mut |_, _| {});
+        let mended = mend(device, superblock, was_clean, &self.ring, look, ignore).await?;
+        let (metadata, losses) = (mended.metadata, Losses::default());
+        let findings = Findings::of(device, metadata, losses, generation, &all, ignore).await;
+        Ok(findings.report().unreadable)
     }
 }
 
-impl<D: Device> Check<'_, D> {
-    fn damage(&mut self, line: String) {
-        if self.report.damage.len() < DAMAGE_LINES_MAX {
-            self.report.damage.push(line);
-        }
-    }
+/// What is wrong with a copy of the superblock.
+async fn superblock_faults<D: Device>(device: &D, superblock: &Superblock) -> Result<Vec<String>> {
+    Ok(read_superblocks(device, superblock.blocks).await?.warnings)
+}
 
-    /// One more reference to a block; how many there are now.
-    fn refer(&mut self, pba: Pba) -> u32 {
-        let region = self
-            .found
-            .entry(pba.0 / REGION_BLOCKS)
-            .or_insert_with(|| vec![0; usize::try_from(REGION_BLOCKS).unwrap_or(0)].into());
-        let found = &mut region[usize::try_from(pba.0 % REGION_BLOCKS).unwrap_or(0)];
-        *found = found.saturating_add(1);
-        *found
-    }
-
-    fn catalog(&mut self) {
-        let pages: Vec<PagePtr> = self
-            .metadata
-            .catalog_places
-            .iter()
-            .flatten()
-            .flatten()
-            .copied()
-            .collect();
-        for ptr in pages {
-            self.refer(ptr.pba);
-            self.report.pages += 1;
-        }
-    }
-
-    async fn map(&mut self, entry: &CatalogEntry, progress: &mut dyn FnMut(u64, u64)) {
-        let path = self.metadata.catalog.path(entry.id);
-        let name = path.map_or_else(
-            || format!("removed volume number {}", entry.id.0),
-            |path| path.to_string(),
-        );
-        let cursor = match entry.role {
-            Role::Reclaiming { cursor } => cursor,
-            Role::Volume { .. } | Role::Snapshot { .. } => Lba(0),
+impl Findings {
+    /// Walks everything but the entries in `without`, and compares.
+    pub(super) async fn of<D: Device>(
+        device: &D,
+        mut metadata: Metadata,
+        losses: Losses,
+        durable: Generation,
+        without: &BTreeSet<VolumeId>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Self {
+        let total = metadata.space.used_blocks();
+        let mut told = |done| progress(done, total);
+        let reach = Reach::walk(device, &mut metadata, durable, without, &mut told).await;
+        let lost = reach.unreadable_blocks(device, &mut metadata).await;
+        let mut findings = Self {
+            metadata,
+            losses,
+            reach,
+            regions: BTreeMap::new(),
+            lost,
+            low_lines: Vec::new(),
         };
-        if span_blocks(entry.root.level) < blocks_of(entry.bytes) {
-            self.damage(format!("{name}: its map is too small for its size"));
-        }
-        let root = entry.root.ptr.map(|ptr| Visit {
-            ptr,
-            level: entry.root.level,
-            base: Lba(0),
-            cursor,
-        });
-        let mut visits: Vec<Visit> = root.into_iter().collect();
-        while let Some(visit) = visits.pop() {
-            if self.refer(visit.ptr.pba) > 1 {
-                continue;
-            }
-            self.report.pages += 1;
-            match self.page(&visit).await {
-                Ok((mapped, node)) => {
-                    let is_root = entry.root.ptr == Some(visit.ptr);
-                    if is_root
-                        && mapped != entry.mapped_blocks
-                        && !matches!(entry.role, Role::Reclaiming { .. })
-                    {
-                        let says = entry.mapped_blocks;
-                        self.damage(format!(
-                            "{name}: maps {mapped} blocks, the catalog says {says}"
-                        ));
-                    }
-                    self.below(&visit, &node, &mut visits);
-                }
-                Err(error) => self.damage(format!("{name}: {error}")),
-            }
-            self.metadata.map.evict(self.durable, PAGES_KEPT);
-            progress(self.report.pages + self.report.data_blocks, self.total);
-        }
-    }
-
-    async fn page(&mut self, visit: &Visit) -> Result<(u64, Arc<Node>)> {
-        let device = self.device;
-        self.metadata
-            .with_supply(device, |metadata| {
-                let page = metadata.map.page(visit.ptr, visit.level)?;
-                Ok::<_, Fault>((page.mapped, Arc::clone(&page.node)))
-            })
-            .await
-    }
-
-    fn below(&mut self, visit: &Visit, node: &Node, visits: &mut Vec<Visit>) {
-        match node {
-            Node::Leaf(entries) => {
-                for entry in entries.iter().filter(|entry| entry.0 != 0) {
-                    if self.refer(*entry) == 1 {
-                        self.report.data_blocks += 1;
-                    }
-                }
-            }
-            Node::Inner(children) => {
-                let span = span_blocks(visit.level - 1);
-                for (index, child) in (0..).zip(children.iter()) {
-                    let base = visit.base.plus(index * span);
-                    // What a reclaim has passed is returned already, although the page still names it.
-                    if let Some(ptr) = child.filter(|_| base.plus(span) > visit.cursor) {
-                        visits.push(Visit {
-                            ptr,
-                            level: visit.level - 1,
-                            base,
-                            cursor: visit.cursor,
-                        });
-                    }
-                }
-            }
-        }
+        findings.compare(device).await;
+        findings
     }
 
     /// Holds the references found against the counts.
-    async fn counts(&mut self) {
-        let blocks = self.metadata.space.blocks();
-        let journal = self.metadata.space.bounds().journal;
-        for region in 0..region_count(blocks) {
-            let found = self.found.remove(&region);
-            if found.is_none() && self.metadata.space.region_place(region).is_none() {
-                continue;
-            }
-            let start = region * REGION_BLOCKS;
-            for pba in (start..blocks.min(start + REGION_BLOCKS)).map(Pba) {
-                if is_fixed(pba, journal) {
-                    continue;
-                }
-                let device = self.device;
-                let counted = self
-                    .metadata
-                    .with_supply(device, |metadata| metadata.space.count(pba))
-                    .await;
-                let counted = match counted {
-                    Ok(counted) => counted,
-                    Err(error) => {
-                        self.damage(format!(
-                            "counts of {REGION_BLOCKS} blocks from {}: {error}",
-                            Pba(start)
-                        ));
-                        break;
-                    }
-                };
-                let offset = usize::try_from(pba.0 - start).unwrap_or(0);
-                let found = found.as_ref().map_or(0, |found| found[offset]);
-                if found < counted {
-                    self.report.leaked_blocks += 1;
-                } else if found > counted {
-                    let error =
-                        Error::corrupt(format!("{found} references, counted are {counted}"))
-                            .at_pba(pba);
-                    self.damage(error.to_string());
+    async fn compare<D: Device>(&mut self, device: &D) {
+        for (regions, _) in &self.losses.counts {
+            for region in regions.clone() {
+                if self.reach.touches(region) {
+                    self.regions.entry(region).or_default();
                 }
             }
         }
+        for region in 0..region_count(self.metadata.space.blocks()) {
+            let is_written = self.metadata.space.region_place(region).is_some();
+            if !self.reach.touches(region) && !is_written {
+                continue;
+            }
+            let fault = self.compare_region(device, region).await;
+            if fault.lost.is_some() || fault.low > 0 || fault.high > 0 {
+                self.regions.insert(region, fault);
+            }
+        }
+    }
+
+    /// Whether the index of a region's counts is lost, which has a line of its own.
+    fn is_index_lost(&self, region: u64) -> bool {
+        let mut lost = self.losses.counts.iter();
+        lost.any(|(regions, _)| regions.contains(&region))
+    }
+
+    async fn compare_region<D: Device>(&mut self, device: &D, region: u64) -> RegionFault {
+        let mut fault = RegionFault::default();
+        let blocks = self.metadata.space.region_blocks(region);
+        for (offset, pba) in (0..).zip(blocks.map(Pba)) {
+            if self.metadata.space.is_fixed(pba) {
+                continue;
+            }
+            let counted = self
+                .metadata
+                .with_supply(device, |metadata| metadata.space.count(pba))
+                .await;
+            let counted = match counted {
+                Ok(counted) => counted,
+                Err(error) => {
+                    fault.lost = Some(error);
+                    break;
+                }
+            };
+            let found = self.reach.count(region, offset);
+            if found < counted {
+                fault.high += 1;
+            } else if found > counted {
+                fault.low += 1;
+                if self.low_lines.len() < DAMAGE_LINES_MAX && !self.is_index_lost(region) {
+                    let fact = format!("{found} references, counted are {counted}");
+                    let line = Error::corrupt(fact).at_pba(pba).to_string();
+                    self.low_lines.push(line);
+                }
+            }
+        }
+        fault
+    }
+
+    /// What messages call an entry.
+    pub(super) fn name(&self, id: VolumeId) -> String {
+        match self.metadata.catalog.path(id) {
+            Some(path) => path.to_string(),
+            None => match self.metadata.catalog.get(id).map(|found| &found.entry.role) {
+                Ok(Role::Snapshot { name, .. }) => {
+                    format!("snapshot {name} of a volume whose name is lost")
+                }
+                _ => format!("removed volume number {}", id.0),
+            },
+        }
+    }
+
+    /// Those who reach a page that cannot be read.
+    fn names_at(&self, pba: Pba) -> String {
+        let mut names: Vec<String> = self
+            .lost
+            .iter()
+            .filter(|(_, ranges)| ranges.iter().any(|(at, _)| *at == pba))
+            .map(|(id, _)| self.name(*id))
+            .collect();
+        let more = names.len().saturating_sub(NAMES_MAX);
+        names.truncate(NAMES_MAX);
+        let names = names.join(", ");
+        if more > 0 {
+            format!("{names} and {more} more")
+        } else {
+            names
+        }
+    }
+
+    /// The report of it.
+    pub(super) fn report(&self) -> CheckReport {
+        let mut damage = Vec::new();
+        for (slots, error) in &self.losses.catalog {
+            damage.push(format!(
+                "{error}; what its {} slots held is not known",
+                slots.len()
+            ));
+        }
+        for (regions, error) in &self.losses.counts {
+            damage.push(format!(
+                "{error}; counts of {} regions",
+                regions.clone().count()
+            ));
+        }
+        for id in &self.reach.too_small {
+            damage.push(format!(
+                "{}: its map is too small for its size",
+                self.name(*id)
+            ));
+        }
+        for (id, mapped) in &self.reach.miscounted {
+            let says = self.metadata.catalog.get(*id);
+            let says = says.map_or(0, |found| found.entry.mapped_blocks);
+            damage.push(format!(
+                "{}: maps {mapped} blocks, the catalog says {says}",
+                self.name(*id)
+            ));
+        }
+        let pages = self.reach.unreadable.iter().take(DAMAGE_LINES_MAX);
+        damage.extend(pages.map(|(pba, error)| format!("{}: {error}", self.names_at(*pba))));
+        for (region, fault) in &self.regions {
+            if let Some(error) = &fault.lost {
+                let start = Pba(region * REGION_BLOCKS);
+                damage.push(format!(
+                    "counts of {REGION_BLOCKS} blocks from {start}: {error}"
+                ));
+            }
+        }
+        damage.extend(self.low_lines.iter().cloned());
+        CheckReport {
+            pages: self.reach.pages,
+            data_blocks: self.reach.data_blocks,
+            damage,
+            unreadable: self.unreadable(),
+            leaked_blocks: self.regions.values().map(|fault| fault.high).sum(),
+        }
+    }
+
+    fn unreadable(&self) -> Vec<Unreadable> {
+        let of = |(id, blocks): (&VolumeId, &Vec<(Pba, Range<u64>)>)| {
+            let mut ranges: Vec<ByteRange> = Vec::new();
+            let size = self.metadata.catalog.get(*id);
+            let size = size.map_or(0, |found| found.entry.bytes);
+            for (_, blocks) in blocks.iter().filter(|(_, blocks)| !blocks.is_empty()) {
+                let offset = blocks.start * BLOCK_BYTES;
+                let end = (blocks.end * BLOCK_BYTES).min(size);
+                match ranges.last_mut() {
+                    Some(last) if last.offset + last.length == offset => {
+                        last.length = end - last.offset;
+                    }
+                    _ => ranges.push(ByteRange {
+                        offset,
+                        length: end.saturating_sub(offset),
+                    }),
+                }
+            }
+            let bytes = ranges.iter().map(|range| range.length).sum();
+            ranges.truncate(RANGES_MAX);
+            Unreadable {
+                path: self.metadata.catalog.path(*id),
+                id: *id,
+                bytes,
+                ranges,
+                reason: "pages of its map cannot be read".to_owned(),
+            }
+        };
+        self.lost.iter().map(of).collect()
     }
 }

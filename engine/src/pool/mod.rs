@@ -7,7 +7,11 @@ mod attached;
 mod check;
 mod list;
 mod maintain;
+mod mend;
 mod open;
+mod reach;
+mod recovery;
+mod repair;
 mod report;
 mod snapshots;
 mod volumes;
@@ -15,6 +19,7 @@ mod volumes;
 pub use crate::datapath::Run;
 pub use attached::Attached;
 pub use open::{CreateOptions, OpenOptions, PoolLabel, RingPlace};
+pub use repair::RepairOptions;
 pub use report::*;
 
 use crate::checkpoint::{Checkpoints, Ending};
@@ -30,7 +35,7 @@ use crate::units::{PoolId, Timestamp, VolumeId};
 use attached::AttachedVolume;
 use maintain::Maintenance;
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// An open pool, shared by all threads that serve it.
@@ -39,6 +44,8 @@ pub struct Pool {
     name: Name,
     created: Timestamp,
     warnings: Vec<String>,
+    /// Volumes that may lack acknowledged writes: nobody gets to read them.
+    withheld: BTreeSet<VolumeId>,
     is_read_only: bool,
     ring: RingPlace,
     ledger: Ledger,
@@ -142,6 +149,17 @@ impl Pool {
             ));
         }
         self.ledger.check_poison()
+    }
+
+    /// Refuses what may lack acknowledged writes.
+    fn check_withheld(&self, id: VolumeId, path: &crate::name::VolumePath) -> Result<()> {
+        if self.withheld.contains(&id) {
+            return Err(Error::corrupt(format!(
+                "{}/{path}: acknowledged writes to it may be lost; see `ublkctl pool check {}`",
+                self.name, self.name
+            )));
+        }
+        Ok(())
     }
 
     /// Changes the catalog, and makes that durable.

@@ -5,21 +5,21 @@
 //! checkpoint if there was anything to replay; start a new session with an empty ring. Nothing is served before that.
 
 use super::maintain::Maintenance;
+use super::mend::{Purpose, mend};
+use super::recovery::load_current;
 use super::{Attached, Pool};
-use crate::checkpoint::{Checkpoints, Ending, load, read_superblocks, write_superblocks};
+use crate::checkpoint::{Checkpoints, Ending, read_superblocks, write_superblocks};
 use crate::clock::Clock;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::counts::IndexEntry;
-use crate::format::journal::{Framed, decode_framed};
 use crate::format::layout::{TOP_ENTRIES, journal, usable_blocks};
-use crate::format::record::Record;
 use crate::format::superblock::Superblock;
-use crate::journal::{Ledger, Ring, RingOwner, Tail, drop_cut_change, read_journal};
+use crate::journal::{Ledger, Ring, RingOwner};
 use crate::limits::{POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
-use crate::metadata::Metadata;
 use crate::name::Name;
-use crate::units::{BLOCK_BYTES, Extent, Generation, PoolId, Seq, Timestamp};
+use crate::units::{BLOCK_BYTES, Generation, PoolId, Seq, Timestamp};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -74,14 +74,6 @@ pub struct PoolLabel {
     pub blocks: u64,
     /// Whether it was closed properly.
     pub is_clean: bool,
-}
-
-/// What a checkpoint does not cover.
-pub(super) struct Unsaved {
-    records: Vec<Record>,
-    first: Seq,
-    next: Seq,
-    tail: Tail,
 }
 
 impl Pool {
@@ -142,8 +134,21 @@ impl Pool {
             superblock.is_clean = false;
             write_superblocks(device, &superblock, async || device.flush().await).await?;
         }
-        let (metadata, unsaved) =
-            load_current(device, &superblock, was_clean, &options.ring, &mut warnings).await?;
+        let loaded =
+            load_current(device, &superblock, was_clean, &options.ring, &mut warnings).await;
+        let (metadata, unsaved, withheld) = match loaded {
+            Ok((metadata, unsaved)) => (metadata, unsaved, BTreeSet::new()),
+            // What is whole of a damaged pool can still be read.
+            Err(error) if options.read_only && error.kind() == ErrorKind::Corrupt => {
+                let (ring, progress) = (&options.ring, &mut |_, _| {});
+                let purpose = Purpose::Look;
+                let mended = mend(device, &superblock, was_clean, ring, purpose, progress).await?;
+                warnings.push(format!("{error}; open for reading what is whole"));
+                warnings.extend(mended.facts());
+                (mended.metadata, mended.unsaved, mended.withheld)
+            }
+            Err(error) => return Err(error),
+        };
         let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
             metadata,
@@ -157,6 +162,7 @@ impl Pool {
             name: superblock.name.clone(),
             created: superblock.created,
             warnings,
+            withheld,
             is_read_only: options.read_only,
             ring: options.ring,
             checkpoints: Checkpoints::new(superblock),
@@ -203,107 +209,9 @@ impl Pool {
     }
 }
 
-fn boot_id_of(ring: &RingPlace) -> [u8; 16] {
+pub(super) fn boot_id_of(ring: &RingPlace) -> [u8; 16] {
     match ring {
         RingPlace::Nowhere => [0; 16],
         RingPlace::File { boot_id, .. } => *boot_id,
     }
-}
-
-/// The checkpoint with everything applied that it does not cover.
-pub(super) async fn load_current<D: Device>(
-    device: &D,
-    superblock: &Superblock,
-    was_clean: bool,
-    ring: &RingPlace,
-    warnings: &mut Vec<String>,
-) -> Result<(Metadata, Unsaved)> {
-    let unsaved = read_unsaved(device, superblock, was_clean, ring, warnings).await?;
-    let mut metadata = load(device, superblock).await?;
-    replay(device, &mut metadata, &unsaved).await?;
-    Ok((metadata, unsaved))
-}
-
-/// The records of the journal, then those that only the ring has.
-async fn read_unsaved<D: Device>(
-    device: &D,
-    superblock: &Superblock,
-    was_clean: bool,
-    place: &RingPlace,
-    warnings: &mut Vec<String>,
-) -> Result<Unsaved> {
-    let read = read_journal(device, superblock, !was_clean).await?;
-    let (mut framed, mut next) = (read.records, read.next_seq);
-    if let RingPlace::File { path, boot_id } = place
-        && superblock.boot_id == *boot_id
-    {
-        let owner = RingOwner {
-            pool: superblock.id,
-            boot_id: *boot_id,
-            session: superblock.session,
-        };
-        match Ring::recover(path, owner)? {
-            Some(records) => {
-                for (seq, bytes) in records {
-                    if seq < next {
-                        continue;
-                    }
-                    if seq > next {
-                        return Err(Error::corrupt(format!(
-                            "{}: goes on at record {}, the journal ends before record {}",
-                            path.display(),
-                            seq.0,
-                            next.0
-                        )));
-                    }
-                    framed.push(decode_framed(&bytes)?);
-                    next = next.next();
-                }
-            }
-            None if superblock.session > 0 && !was_clean => warnings.push(format!(
-                "{}: the shared ring of the last opening is not there; writes that it alone held are lost",
-                path.display()
-            )),
-            None => {}
-        }
-    }
-    drop_cut_change(&mut framed);
-    Ok(Unsaved {
-        records: framed
-            .into_iter()
-            .map(|Framed { record, .. }| record)
-            .collect(),
-        first: superblock.seq,
-        next,
-        tail: read.tail,
-    })
-}
-
-/// Applies what the checkpoint does not cover.
-async fn replay<D: Device>(device: &D, metadata: &mut Metadata, unsaved: &Unsaved) -> Result<()> {
-    // Blocks that the pool gained are named by the records behind.
-    for record in &unsaved.records {
-        if let Record::Grow { .. } = record {
-            metadata
-                .with_supply(device, |metadata| metadata.replay(record, unsaved.first))
-                .await?;
-        }
-    }
-    // Blocks that the journal maps were taken when it was written: pages that replay makes must not get them.
-    for record in &unsaved.records {
-        if let Record::Map { pba, count, .. } = record {
-            let extent = Extent::new(*pba, *count);
-            metadata
-                .with_supply(device, |metadata| metadata.space.claim(extent))
-                .await?;
-        }
-    }
-    let mut seq = unsaved.first;
-    for record in &unsaved.records {
-        metadata
-            .with_supply(device, |metadata| metadata.replay(record, seq))
-            .await?;
-        seq = seq.next();
-    }
-    Ok(())
 }

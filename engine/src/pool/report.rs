@@ -135,8 +135,66 @@ pub struct CheckReport {
     pub data_blocks: u64,
     /// Damage, each line naming the volume or snapshot and the place.
     pub damage: Vec<String>,
+    /// What cannot be read, volume by volume.
+    pub unreadable: Vec<Unreadable>,
     /// Blocks marked used that nothing names.
     pub leaked_blocks: u64,
+}
+
+/// A volume or snapshot that cannot be read, or not all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unreadable {
+    /// Which; none for one that was removed.
+    pub path: Option<VolumePath>,
+    /// Its number in the pool.
+    pub id: VolumeId,
+    /// Bytes that cannot be read.
+    pub bytes: u64,
+    /// Where they are; of many ranges only the first.
+    pub ranges: Vec<ByteRange>,
+    /// Why.
+    pub reason: String,
+}
+
+/// A range of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// Where it begins.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+/// What a repair does, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairPlan {
+    /// In order.
+    pub steps: Vec<RepairStep>,
+}
+
+/// One thing that is wrong, and what a repair does about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairStep {
+    /// What is wrong.
+    pub what: String,
+    /// Where: blocks of the pool, volumes.
+    pub place: String,
+    /// What is done about it; what can be done by hand where nothing is.
+    pub action: String,
+    /// Whether the repair mends it.
+    pub mends: bool,
+}
+
+impl RepairPlan {
+    /// Whether there is anything that the repair does.
+    pub fn mends_something(&self) -> bool {
+        self.steps.iter().any(|step| step.mends)
+    }
+
+    /// Whether something stays as it is.
+    pub fn leaves_something(&self) -> bool {
+        self.steps.iter().any(|step| !step.mends)
+    }
 }
 
 impl CheckReport {

@@ -160,10 +160,9 @@ impl Pool {
     ) -> Result<Vec<DiffExtent>> {
         let (older, newer) = self.ledger.look(|metadata| {
             let id = |path| {
-                metadata
-                    .catalog
-                    .find(path)
-                    .map(|found| (found.entry.id, found.entry.bytes))
+                let entry = &metadata.catalog.find(path)?.entry;
+                self.check_withheld(entry.id, path)?;
+                Ok::<_, Error>((entry.id, entry.bytes))
             };
             Ok::<_, Error>((id(from)?, id(to)?))
         })?;

@@ -7,6 +7,7 @@
 
 mod region;
 mod reserve;
+mod restore;
 
 pub(crate) use region::FrozenRegion;
 

@@ -170,6 +170,41 @@ impl Region {
         Ok(())
     }
 
+    /// Replaces the counts, whatever they were.
+    pub(crate) fn set_counts(
+        &mut self,
+        region: u64,
+        blocks: u64,
+        journal: Extent,
+        count_of: impl Fn(usize) -> u32,
+    ) {
+        let (mut low, mut high) = ([0; REGION_LEN], [0; REGION_LEN]);
+        let mut taken = [0; WORDS];
+        self.free = 0;
+        for offset in 0..REGION_LEN {
+            let is_usable = is_usable(region, offset, blocks, journal);
+            let count = if is_usable {
+                count_of(offset)
+            } else {
+                u32::from(UNUSABLE)
+            };
+            low[offset] = (count & 0xffff) as u16;
+            high[offset] = (count >> 16) as u16;
+            if count == 0 {
+                self.free += 1;
+            } else {
+                taken[offset / 64] |= 1 << (offset % 64);
+            }
+        }
+        self.available = self.free;
+        self.is_wide = high.iter().any(|half| *half != 0);
+        self.loaded = Some(Box::new(Loaded {
+            low: Arc::new(low),
+            high: self.is_wide.then(|| Arc::new(high)),
+            taken,
+        }));
+    }
+
     pub(crate) fn count(&self, offset: usize) -> Option<u32> {
         let loaded = self.loaded.as_ref()?;
         let high = loaded
