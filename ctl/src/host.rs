@@ -627,8 +627,8 @@ impl Host {
     }
 }
 
-/// Who holds a device. This process has mounts of its own, so every mount is seen by another; that is worth saying only
-/// where it is not in the machine's own namespace, where everybody looks first.
+/// Who holds a device. Who sees its mount is worth saying only where that is not the machine's own mount namespace,
+/// where everybody looks first.
 fn said_of(holder: &Holder) -> String {
     let mounts_of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
     match holder {

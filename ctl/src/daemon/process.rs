@@ -36,15 +36,21 @@ pub(super) fn prepare() -> Vec<String> {
         .collect()
 }
 
-/// A file system on one of the daemon's own devices must not be kept mounted by the daemon: when it dies, nobody could
-/// unmount what only it could write back. Later mounts don't come here; copies of earlier ones are let go.
+/// A file system on one of the daemon's own devices must not be kept mounted by the daemon alone: when it dies, nobody
+/// could unmount what only it could write back. So it leaves a mount namespace that may end before it does: any but
+/// init's. It stays in init's, because a copy keeps every mount of the machine, also after others have unmounted it.
 fn own_mounts() -> io::Result<()> {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    if namespace("1").ok() == Some(namespace("self")?) {
+        return Ok(());
+    }
     unshare(CloneFlags::CLONE_NEWNS)?;
+    // Slaves: what is unmounted there is unmounted here too.
     mount(
         None::<&str>,
         "/",
         None::<&str>,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
         None::<&str>,
     )?;
     let mountinfo = fs::read_to_string("/proc/self/mountinfo")?;

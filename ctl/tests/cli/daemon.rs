@@ -68,6 +68,17 @@ fn a_killed_daemon_leaves_nothing_in_the_way() {
 }
 
 #[test]
+fn a_daemon_keeps_no_copy_of_the_machines_mounts() {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    // Elsewhere, and where init's may not be looked at, the daemon has one of its own.
+    if namespace("1") == namespace("self") {
+        let machine = Machine::with_pool();
+        let daemon = machine.serve();
+        assert_eq!(namespace(&daemon.pid().to_string()), namespace("self"));
+    }
+}
+
+#[test]
 fn an_export_ends_the_daemon() {
     let machine = Machine::with_pool();
     let daemon = machine.serve();
