@@ -4,7 +4,7 @@
 //! After a crash a block of a volume may hold what the last flush covered or anything written later: the window. Each
 //! stamp is unique, so a foreign or an old block is recognised.
 
-use crate::sim_device::{Loss, SimDevice};
+use crate::sim_device::{Fault, FaultKind, Loss, SimDevice};
 use blockfork::clock::ManualClock;
 use blockfork::device::BlockBuf;
 use blockfork::error::ErrorKind;
@@ -18,6 +18,9 @@ use futures_lite::future::block_on;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// A smaller pool is nearly full from the start.
+const ROOMY_BLOCKS: u64 = 8192;
 
 /// What a block holds: 0 for zeros, else a stamp that no other write has.
 pub type Stamp = u64;
@@ -52,10 +55,40 @@ impl Content {
     }
 }
 
+/// What a request does to its blocks.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    /// Writes stamps from this one on.
+    Write(Stamp),
+    Discard,
+    Zero {
+        keep_space: bool,
+    },
+}
+
+/// A request, as the kernel keeps it until it is answered: for the next daemon, if this one dies.
+#[derive(Clone, Debug)]
+struct Request {
+    volume: String,
+    start: u64,
+    count: u64,
+    change: Change,
+}
+
 /// A pool and its model.
 #[derive(Debug)]
 pub struct Pair {
     device: SimDevice,
+    /// The pool's size when it was made.
+    first_blocks: u64,
+    /// The two volumes that were forked last.
+    forked: Vec<String>,
+    /// The request that was under way when the device failed.
+    unanswered: Option<Request>,
+    /// A volume that fills most of the pool and is left alone.
+    filler: Option<String>,
+    /// Whether the device refuses one operation and goes on.
+    is_refusing: bool,
     pool: Option<Arc<Pool>>,
     volumes: BTreeMap<String, Content>,
     snapshots: BTreeMap<(String, String), Content>,
@@ -114,6 +147,11 @@ impl Pair {
         };
         let mut pair = Self {
             device: SimDevice::with_sector(pool_blocks, sector),
+            first_blocks: pool_blocks,
+            forked: Vec::new(),
+            unanswered: None,
+            filler: None,
+            is_refusing: false,
             pool: None,
             volumes: BTreeMap::new(),
             snapshots: BTreeMap::new(),
@@ -121,7 +159,12 @@ impl Pair {
             next_stamp: 1,
             next_name: 0,
             redirect,
-            max_blocks: if rng.bool() { 700 } else { 200_000 },
+            max_blocks: match rng.u8(..8) {
+                0..3 => 24,
+                3..5 => 700,
+                5..7 => 200_000,
+                _ => 3 << 32,
+            },
             rng,
             ring,
             clock: Arc::new(ManualClock::default()),
@@ -135,14 +178,48 @@ impl Pair {
         block_on(Pool::create(&pair.device, options)).unwrap();
         pair.open();
         pair.create();
+        if pool_blocks < ROOMY_BLOCKS {
+            pair.fill();
+        }
         pair
+    }
+
+    /// Leaves room for a few hundred blocks.
+    fn fill(&mut self) {
+        let name = self.fresh_name();
+        let left = 50 + self.rng.u64(..400);
+        let options = VolumeOptions {
+            bytes: self.first_blocks * 4096,
+            sector_bytes: 4096,
+            redirect: Redirect::Shared,
+        };
+        block_on(
+            self.pool()
+                .create_volume(&self.device, &name.parse().unwrap(), options),
+        )
+        .unwrap();
+        let filler = self.pool().attach(&path(&name, None), false).unwrap();
+        let buffer = BlockBuf::zeroed(64);
+        let mut at = 0;
+        loop {
+            let free = self.pool().status().free_bytes / 4096;
+            let count = free.saturating_sub(left).min(64);
+            if count == 0 {
+                break;
+            }
+            let bytes = usize::try_from(count * 4096).unwrap();
+            block_on(filler.write(&self.device, at * 4096, &buffer[..bytes])).unwrap();
+            at += count;
+        }
+        block_on(self.pool().checkpoint(&self.device)).unwrap();
+        self.filler = Some(name);
     }
 
     fn pool(&self) -> &Arc<Pool> {
         self.pool.as_ref().unwrap()
     }
 
-    fn open(&mut self) {
+    fn options(&self) -> OpenOptions {
         let ring = match &self.ring {
             Some(path) => RingPlace::File {
                 path: path.clone(),
@@ -150,13 +227,16 @@ impl Pair {
             },
             None => RingPlace::Nowhere,
         };
-        let options = OpenOptions {
+        OpenOptions {
             read_only: false,
             device_blocks: self.device.blocks(),
             ring,
             clock: self.clock.clone(),
-        };
-        let pool = block_on(Pool::open(&self.device, options)).expect("the pool opens");
+        }
+    }
+
+    fn open(&mut self) {
+        let pool = block_on(Pool::open(&self.device, self.options())).expect("the pool opens");
         self.pool = Some(Arc::new(pool));
     }
 
@@ -181,7 +261,13 @@ impl Pair {
         }
     }
 
+    /// Often one of the last pair that share everything.
     fn pick_volume(&mut self) -> Option<String> {
+        let is_there = |name: &&String| self.volumes.contains_key(*name);
+        let pair: Vec<String> = self.forked.iter().filter(is_there).cloned().collect();
+        if pair.len() > 1 && self.rng.bool() {
+            return self.rng.choice(pair);
+        }
         let names: Vec<String> = self.volumes.keys().cloned().collect();
         self.rng.choice(names)
     }
@@ -198,6 +284,13 @@ impl Pair {
             1 => self.rng.u64(..blocks.min(64)),
             2 => (512 + self.rng.u64(..8)).min(blocks - 1).saturating_sub(4),
             _ => self.rng.u64(..blocks.min(1100)),
+        };
+        // Where a volume is that large, also where 32 bits do not reach.
+        let lap = start + ((1 + self.rng.u64(..4)) << 32);
+        let start = if lap < blocks && self.rng.bool() {
+            lap
+        } else {
+            start
         };
         let count = 1 + self.rng.u64(..most);
         (start, count.min(blocks - start))
@@ -224,7 +317,9 @@ impl Pair {
                 };
                 self.volumes.insert(name, content);
             }
-            Err(error) => assert_eq!(error.kind(), ErrorKind::Io, "{error}"),
+            Err(error) => {
+                self.failed(&error);
+            }
         }
     }
 
@@ -241,22 +336,48 @@ impl Pair {
         } else {
             self.pick_range(blocks, 20)
         };
+        let kind = if takes_leaves { 8 } else { self.rng.u8(..10) };
+        let change = match kind {
+            0..7 => Change::Write(self.next_stamp),
+            7..9 => Change::Discard,
+            _ => Change::Zero {
+                keep_space: self.rng.bool(),
+            },
+        };
+        if let Change::Write(first) = change {
+            self.next_stamp = first + count;
+        }
+        self.carry_out(Request {
+            volume,
+            start,
+            count,
+            change,
+        })
+    }
+
+    /// Carries a request out, the first time or again; true if the device failed.
+    fn carry_out(&mut self, request: Request) -> bool {
+        let Request {
+            volume,
+            start,
+            count,
+            change,
+        } = request.clone();
         let attached = self.attached(&volume);
         let content = self.volumes.get_mut(&volume).unwrap();
         let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
         let (offset, bytes) = (start * 4096, count * 4096);
-        let kind = if takes_leaves { 8 } else { self.rng.u8(..10) };
-        let result = if kind < 7 {
-            for block in buffer.chunks_exact_mut(4096) {
-                fill(block, self.next_stamp);
-                self.next_stamp += 1;
+        let result = match change {
+            Change::Write(first) => {
+                for (stamp, block) in (first..).zip(buffer.chunks_exact_mut(4096)) {
+                    fill(block, stamp);
+                }
+                block_on(attached.write(&self.device, offset, &buffer))
             }
-            block_on(attached.write(&self.device, offset, &buffer))
-        } else if kind < 9 {
-            block_on(attached.discard(&self.device, offset, bytes))
-        } else {
-            let keep_space = self.rng.bool();
-            block_on(attached.write_zeroes(&self.device, offset, bytes, keep_space))
+            Change::Discard => block_on(attached.discard(&self.device, offset, bytes)),
+            Change::Zero { keep_space } => {
+                block_on(attached.write_zeroes(&self.device, offset, bytes, keep_space))
+            }
         };
         match result {
             Ok(()) => {
@@ -273,25 +394,31 @@ impl Pair {
                     content.now.insert(lba, old);
                     content.unsure.insert(lba, stamp_of(block));
                 }
-                if error.kind() == ErrorKind::OutOfSpace {
-                    content.unsure.clear();
-                    self.adopt(&volume, start, count);
-                    return false;
+                if self.is_refusing || error.kind() == ErrorKind::OutOfSpace {
+                    let has_read = self.adopt(&volume, start, count);
+                    return !has_read || error.kind() != ErrorKind::OutOfSpace;
                 }
                 assert!(
                     matches!(error.kind(), ErrorKind::Io | ErrorKind::Poisoned),
                     "{error}"
                 );
+                self.unanswered = Some(request);
                 true
             }
         }
     }
 
-    /// After a request that failed halfway: takes over what the blocks hold, which must be old or new.
-    fn adopt(&mut self, volume: &str, start: u64, count: u64) {
+    /// After a request that failed halfway: takes over what the blocks hold, which must be old or new. False if the
+    /// device failed for good meanwhile.
+    fn adopt(&mut self, volume: &str, start: u64, count: u64) -> bool {
         let attached = self.attached(volume);
         let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
-        block_on(attached.read(&self.device, start * 4096, &mut buffer)).unwrap();
+        // The first try may be the one operation that the device refuses.
+        let has_read = (0..2)
+            .any(|_| block_on(attached.read(&self.device, start * 4096, &mut buffer)).is_ok());
+        if !has_read {
+            return false;
+        }
         let content = self.volumes.get_mut(volume).unwrap();
         for (lba, block) in (start..).zip(buffer.chunks_exact(4096)) {
             let stamp = stamp_of(block);
@@ -300,7 +427,9 @@ impl Pair {
                 "block {lba} holds {stamp}"
             );
             content.now.insert(lba, stamp);
+            content.unsure.remove(&lba);
         }
+        true
     }
 
     fn snapshot(&mut self) -> bool {
@@ -308,6 +437,11 @@ impl Pair {
         let mut volumes: Vec<String> = self.volumes.keys().cloned().collect();
         self.rng.shuffle(&mut volumes);
         volumes.truncate(count);
+        self.snapshot_of(volumes)
+    }
+
+    /// Takes a snapshot of these at once, under a new name.
+    fn snapshot_of(&mut self, volumes: Vec<String>) -> bool {
         let name = self.fresh_name();
         let targets: Vec<VolumePath> = volumes
             .iter()
@@ -342,9 +476,13 @@ impl Pair {
     }
 
     fn clone_snapshot(&mut self) -> bool {
-        let Some((volume, snapshot)) = self.pick_snapshot() else {
-            return false;
-        };
+        match self.pick_snapshot() {
+            Some((volume, snapshot)) => self.clone_of(volume, snapshot),
+            None => false,
+        }
+    }
+
+    fn clone_of(&mut self, volume: String, snapshot: String) -> bool {
         let name = self.fresh_name();
         let made = block_on(self.pool().clone_snapshot(
             &self.device,
@@ -389,9 +527,45 @@ impl Pair {
         } else {
             None
         };
-        let Some((volume, snapshot)) = targets else {
+        match targets {
+            Some((volume, snapshot)) => self.remove_one(volume, snapshot),
+            None => false,
+        }
+    }
+
+    /// Two volumes that share everything, and nobody else does: a snapshot, a clone of it, and the snapshot goes.
+    fn fork(&mut self) -> bool {
+        if self.volumes.len() > 8 {
+            return false;
+        }
+        let Some(volume) = self.pick_volume() else {
             return false;
         };
+        if self.snapshot_of(vec![volume.clone()]) {
+            return true;
+        }
+        let name = format!("n{}", self.next_name);
+        if !self.snapshots.contains_key(&(volume.clone(), name.clone())) {
+            return false;
+        }
+        if self.clone_of(volume.clone(), name.clone())
+            || self.remove_one(volume.clone(), Some(name))
+        {
+            return true;
+        }
+        self.forked = vec![volume, format!("n{}", self.next_name)];
+        for _ in 0..100 {
+            if self.pool().status().reclaiming == 0 {
+                break;
+            }
+            if self.maintain() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn remove_one(&mut self, volume: String, snapshot: Option<String>) -> bool {
         if snapshot.is_none() {
             self.attached.remove(&volume);
         }
@@ -468,6 +642,22 @@ impl Pair {
         }
     }
 
+    /// The device below has become larger, and the pool takes that into use.
+    fn grow(&mut self) -> bool {
+        let blocks = self.device.blocks() + 1 + self.rng.u64(..1000);
+        if blocks > 2 * self.first_blocks {
+            return false;
+        }
+        self.device.grow(blocks);
+        match block_on(self.pool().grow(&self.device, blocks)) {
+            Ok(()) => {
+                self.flushed();
+                false
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
     fn checkpoint(&mut self) -> bool {
         match block_on(self.pool().checkpoint(&self.device)) {
             Ok(()) => {
@@ -481,8 +671,15 @@ impl Pair {
     /// One random operation; true if the device failed under it.
     fn step(&mut self) -> bool {
         match self.rng.u8(..100) {
-            0..60 => self.change_blocks(),
-            60..67 => self.flush(),
+            0..57 => self.change_blocks(),
+            57..58 => {
+                self.check();
+                self.flushed();
+                false
+            }
+            58..60 => self.fork(),
+            60..66 => self.flush(),
+            66..67 => self.grow(),
             67..74 => self.snapshot(),
             74..78 => self.clone_snapshot(),
             78..81 => self.rollback(),
@@ -529,22 +726,75 @@ impl Pair {
         self.open();
     }
 
-    /// The process dies somewhere in the next operations; with a power cut or without.
+    /// The process dies somewhere in the next operations, with a power cut or without; or the device refuses one of
+    /// them, the others go on, and the process dies then.
     fn crash(&mut self, loss: Loss) {
+        if self.rng.bool() {
+            self.fork();
+        }
         // Nothing but the last operation may be under way when it happens.
-        let with_power = loss == Loss::None && self.ring.is_some();
-        self.device.fail_after(self.rng.u64(..12));
+        let mut with_power = loss == Loss::None && self.ring.is_some();
+        self.is_refusing = self.rng.u8(..3) == 0;
+        let most = if self.rng.bool() { 12 } else { 40 };
+        let operations = self.rng.u64(..most);
+        if self.is_refusing {
+            let kinds = [
+                FaultKind::Io,
+                FaultKind::NoSpace,
+                FaultKind::Short,
+                FaultKind::Interrupted,
+            ];
+            self.device.fail(Fault {
+                call: self.device.operations() + operations,
+                kind: kinds[self.rng.usize(..4)],
+                is_sticky: false,
+            });
+        } else {
+            self.device.fail_after(operations);
+        }
         for _ in 0..20 {
             // Only block changes, flushes and background work: what a failed command left is compared elsewhere.
-            let failed = match self.rng.u8(..4) {
-                0 => self.flush(),
-                1 => self.maintain(),
+            let failed = match self.rng.u8(..16) {
+                0..3 => self.flush(),
+                3..6 => self.maintain(),
+                6 => self.grow(),
                 _ => self.change_blocks(),
             };
-            if failed {
+            if failed && !self.is_refusing {
                 break;
             }
         }
+        self.is_refusing = false;
+        self.lose(loss);
+        // Now and then recovery does not come to its end either, or is all there is.
+        while self.rng.u8(..3) == 0 {
+            let again = if with_power || self.rng.bool() {
+                Loss::None
+            } else {
+                loss
+            };
+            self.device.fail_after(self.rng.u64(..24));
+            if let Err(error) = block_on(Pool::open(&self.device, self.options())) {
+                assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+            }
+            with_power &= again == Loss::None;
+            self.lose(again);
+        }
+        self.open();
+        self.resolve(with_power);
+        if let Some(request) = self.unanswered.take()
+            && with_power
+        {
+            // The kernel sends again what nobody answered; others may have been quicker.
+            if self.rng.bool() {
+                self.snapshot_of(vec![request.volume.clone()]);
+            }
+            self.carry_out(request);
+        }
+    }
+
+    /// What a kill or a power cut leaves.
+    fn lose(&mut self, loss: Loss) {
         self.attached.clear();
         self.pool = None;
         let mut rng = self.rng.fork();
@@ -555,8 +805,6 @@ impl Pair {
             // The tmpfs is gone with the power.
             let _gone = std::fs::remove_file(ring);
         }
-        self.open();
-        self.resolve(with_power);
     }
 
     /// Takes over what a crash left, each block within its window; with a ring and power, nothing may be lost.
@@ -608,7 +856,8 @@ impl Pair {
             self.compare(volume, Some(snapshot));
         }
         let listed = block_on(self.pool().list(&self.device)).unwrap();
-        assert_eq!(listed.len(), volumes.len() + snapshots.len());
+        let fillers = usize::from(self.filler.is_some());
+        assert_eq!(listed.len(), volumes.len() + snapshots.len() + fillers);
     }
 
     fn compare(&mut self, volume: &str, snapshot: Option<&str>) {
@@ -645,6 +894,7 @@ impl Pair {
         let all: Vec<VolumePath> = self
             .volumes
             .keys()
+            .chain(&self.filler)
             .map(|volume| path(volume, None))
             .collect();
         if !all.is_empty() {
@@ -657,19 +907,26 @@ impl Pair {
         }
         let status = self.pool().status();
         assert_eq!(status.pending_bytes, 0, "{status:?}");
+        let (used, blocks) = (status.used_bytes, status.size_bytes / 4096);
         self.pool = None;
         self.open();
-        let used = self.pool().status().used_bytes;
-        let fresh = SimDevice::new(self.device.blocks());
+        assert_eq!(
+            used,
+            self.pool().status().used_bytes,
+            "used, against the same pool opened again"
+        );
+        let fresh = SimDevice::new(self.first_blocks);
         let options = CreateOptions {
             name: "p".parse().unwrap(),
             id: PoolId([1; 16]),
-            blocks: fresh.blocks(),
+            blocks: self.first_blocks,
             created: Timestamp(1),
         };
         block_on(Pool::create(&fresh, options)).unwrap();
+        fresh.grow(blocks);
         self.device = fresh;
         self.open();
+        block_on(self.pool().grow(&self.device, blocks)).unwrap();
         assert_eq!(
             used,
             self.pool().status().used_bytes,

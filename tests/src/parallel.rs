@@ -20,6 +20,15 @@ pub fn each<T: Send>(
     cases: std::ops::Range<u64>,
     case: impl Fn(u64) -> T + Sync,
 ) -> (Vec<T>, Vec<Failure>) {
+    each_until(cases, false, case)
+}
+
+/// The same; with `first`, no case begins after one has failed.
+pub fn each_until<T: Send>(
+    cases: std::ops::Range<u64>,
+    first: bool,
+    case: impl Fn(u64) -> T + Sync,
+) -> (Vec<T>, Vec<Failure>) {
     let next = AtomicU64::new(cases.start);
     let ended = Mutex::new((Vec::new(), Vec::new()));
     let work = || {
@@ -32,10 +41,15 @@ pub fn each<T: Send>(
             let mut ended = ended.lock().unwrap();
             match outcome {
                 Ok(value) => ended.0.push((number, value)),
-                Err(panic) => ended.1.push(Failure {
-                    case: number,
-                    message: message(panic.as_ref()),
-                }),
+                Err(panic) => {
+                    ended.1.push(Failure {
+                        case: number,
+                        message: message(panic.as_ref()),
+                    });
+                    if first {
+                        next.store(cases.end, Ordering::Relaxed);
+                    }
+                }
             }
         }
     };

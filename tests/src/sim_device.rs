@@ -7,7 +7,7 @@ use crate::tape::{Action, Operation, Tape, Tick};
 use blockfork::device::SystemCalls;
 use fastrand::Rng;
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
@@ -55,6 +55,9 @@ struct State {
     sector: usize,
     /// Sectors that no flush has covered: when each was first written since the last flush, and when last.
     dirty: BTreeMap<usize, (Tick, Tick)>,
+    /// Sectors that a failed flush was to cover: the kernel drops what it could not write and calls it clean, so no
+    /// later flush covers them.
+    dropped: BTreeSet<usize>,
     /// When the last flush that ended began.
     flushed: Tick,
     calls: u64,
@@ -178,11 +181,16 @@ impl SimDevice {
         let mut guard = self.0.borrow_mut();
         let state = &mut *guard;
         state.fault = None;
-        for sector in std::mem::take(&mut state.dirty).into_keys() {
+        let dirty = std::mem::take(&mut state.dirty).into_keys();
+        let dropped = std::mem::take(&mut state.dropped);
+        for (sector, may_stay) in dirty
+            .map(|sector| (sector, true))
+            .chain(dropped.into_iter().map(|sector| (sector, false)))
+        {
             let stays = match loss {
                 Loss::All => false,
                 Loss::None => true,
-                Loss::Some => rng.bool(),
+                Loss::Some => may_stay && rng.bool(),
             };
             let at = sector * state.sector;
             if stays {
@@ -246,6 +254,7 @@ impl State {
 
     fn settle(&mut self) {
         self.dirty.clear();
+        self.dropped.clear();
         self.durable = self.live.clone();
     }
 
@@ -267,10 +276,17 @@ impl State {
         });
     }
 
+    /// A flush failed: a device that is still there has dropped what the flush was to cover.
+    fn drop_dirty(&mut self) {
+        let dirty = std::mem::take(&mut self.dirty);
+        self.dropped.extend(dirty.into_keys());
+    }
+
     fn soil(&mut self, at: usize, bytes: usize) {
         let sectors = at / self.sector..(at + bytes).div_ceil(self.sector);
         let now = self.tick();
         for sector in sectors {
+            self.dropped.remove(&sector);
             self.dirty.entry(sector).or_insert((now, now)).1 = now;
         }
     }
@@ -333,7 +349,13 @@ impl SystemCalls for SimDevice {
 
     async fn sync_once(&self) -> io::Result<()> {
         let fault = self.begin().filter(|kind| *kind != FaultKind::Short);
-        judge(fault, 0)?;
+        if let Err(error) = judge(fault, 0) {
+            let mut state = self.0.borrow_mut();
+            if fault != Some(FaultKind::Interrupted) && state.fault.is_some_and(|f| !f.is_sticky) {
+                state.drop_dirty();
+            }
+            return Err(error);
+        }
         let place = self.submit(|| Action::Flush);
         let begun = self.tick();
         let snapshot = self.image();

@@ -1,9 +1,14 @@
 //! Pages and records whose checksums hold and whose content cannot be: an error or nothing, never a panic, never a
 //! write outside the pool's data.
 
+use blockfork::device::BlockBuf;
+use blockfork::error::ErrorKind;
 use blockfork_tests::fixture::{attach, open, pool, put, volume};
 use blockfork_tests::sim_device::SimDevice;
 use futures_lite::future::block_on;
+
+/// What reading one block may take at most, in calls to the device.
+const CALLS_MAX: u64 = 1000;
 
 fn seal(block: &mut [u8]) {
     block[4..8].fill(0);
@@ -109,6 +114,39 @@ fn a_map_that_names_a_superblock_does_not_get_it_written() {
     });
     use_it(&device);
     device.with_bytes(|bytes| assert_ne!(bytes[8 * 4096], 0x77));
+}
+
+/// Reads block 0 of the volume; nothing may panic.
+fn read_it(device: &SimDevice) -> Option<ErrorKind> {
+    let pool = open(device).unwrap();
+    let attached = attach(&pool, "a");
+    let mut buffer = BlockBuf::zeroed(1);
+    // Who goes round in circles comes to an end too, with another error.
+    device.fail_after(CALLS_MAX);
+    let error = block_on(attached.read(device, 0, &mut buffer)).err();
+    device.heal();
+    error.map(|error| error.kind())
+}
+
+#[test]
+fn a_map_page_that_is_its_own_child_is_damage() {
+    let device = closed();
+    change_pages(&device, 1, 1, |page| {
+        let own: [[u8; 6]; 2] = [24, 32].map(|at| page[at..at + 6].try_into().unwrap());
+        page[72..84].copy_from_slice(own.as_flattened());
+    });
+    assert_eq!(read_it(&device), Some(ErrorKind::Corrupt));
+    use_it(&device);
+}
+
+#[test]
+fn a_map_page_of_an_earlier_generation_is_damage() {
+    for level in [0, 1] {
+        let device = closed();
+        change_pages(&device, 1, level, |page| page[32] -= 1);
+        assert_eq!(read_it(&device), Some(ErrorKind::Corrupt), "level {level}");
+        use_it(&device);
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A pool against its model: random operations, crashes and reopenings, compared block by block.
 
 use blockfork_tests::model::Pair;
+use blockfork_tests::parallel;
 
 fn seeds() -> std::ops::Range<u64> {
     match std::env::var("BLOCKFORK_SEED") {
@@ -10,17 +11,21 @@ fn seeds() -> std::ops::Range<u64> {
         }
         Err(_) => {
             let count = std::env::var("BLOCKFORK_SEEDS")
-                .map_or(700, |text| text.parse().expect("a number"));
+                .map_or(100, |text| text.parse().expect("a number"));
             0..count
         }
     }
 }
 
 fn run(pool_blocks: u64, with_ring: bool, offset: u64) {
-    for seed in seeds() {
-        // The line that replays a failure.
-        eprintln!("replay: BLOCKFORK_SEED={seed} cargo test -p blockfork-tests --test model");
+    let (_, failures) = parallel::each_until(seeds(), true, |seed| {
         Pair::new(seed + offset, pool_blocks, with_ring).run(4, 60);
+    });
+    if let Some(failure) = failures.first() {
+        panic!(
+            "{}\nreplay: BLOCKFORK_SEED={} cargo test -p blockfork-tests --test model",
+            failure.message, failure.case
+        );
     }
 }
 

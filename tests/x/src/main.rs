@@ -10,6 +10,7 @@ mod power_cut;
 mod quick;
 mod row;
 mod scorecard;
+mod seeded_bugs;
 mod setup;
 mod test;
 mod tidy;
@@ -55,6 +56,8 @@ enum Verb {
     PowerCut(power_cut::Options),
     /// Scorecard R14: attach and detach a device many times
     Churn(row::Options),
+    /// Put historical bugs back, one at a time: the harness must find each (row R3 of the scorecard)
+    SeededBugs(seeded_bugs::Options),
     /// The rules of this repository that no compiler knows
     Tidy {
         /// Note that docs/format.md describes the format as it is now
@@ -122,6 +125,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Kill(options) => return row::kill(&options),
         Verb::PowerCut(options) => return power_cut::run(&options),
         Verb::Churn(options) => return row::churn(&options),
+        Verb::SeededBugs(options) => return seeded_bugs::run(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {
             kernel,

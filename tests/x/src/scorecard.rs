@@ -56,9 +56,10 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 6] = [
+const ROWS: [Row; 7] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
+    row("seeded-bugs", Program::Verb, false),
     row("damage", Program::Prove, false),
     row("kill-nbd", Program::Verb, false),
     row("faults", Program::Prove, true),
