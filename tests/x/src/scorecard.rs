@@ -56,14 +56,17 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 7] = [
+const ROWS: [Row; 10] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
-    row("seeded-bugs", Program::Verb, false),
-    row("damage", Program::Prove, false),
+    row("damage", Program::Prove, true),
+    row("kill", Program::Verb, false),
     row("kill-nbd", Program::Verb, false),
+    row("power-cut", Program::Verb, false),
     row("faults", Program::Prove, true),
     row("model", Program::Prove, true),
+    row("open", Program::Prove, false),
+    row("churn", Program::Verb, false),
 ];
 
 const BEGIN: &str = "<!-- scorecard: begin -->\n";
