@@ -3,6 +3,7 @@
 mod crash;
 mod damage;
 mod faults;
+mod histories;
 mod kill_nbd;
 mod model;
 mod open;
@@ -41,6 +42,8 @@ enum Row {
     Nested(crash::Options),
     /// R8: every call to the device fails, once and from then on
     Faults(faults::Options),
+    /// R10: histories of four queues, linearizable
+    Histories(histories::Options),
     /// R9: random operations against a model
     Model(model::Options),
     /// R14: opening a large pool after a crash
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Row::Crash(options) => crash::run(common, options).into_figures(),
         Row::Nested(options) => crash::run_nested(common, options).into_figures(),
         Row::Faults(options) => faults::run(common, options).into_figures(),
+        Row::Histories(options) => histories::run(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
         Row::Open(options) => open::run(common, options).into_figures(),
     };

@@ -11,6 +11,7 @@ pub mod nbd;
 pub mod nbd_kill;
 pub mod oracle;
 pub mod parallel;
+pub mod queues;
 pub mod scheduler;
 pub mod script;
 pub mod sim_device;

@@ -11,8 +11,8 @@ use crate::format::superblock::Superblock;
 use crate::journal::{Ledger, State};
 use crate::map::FrozenPage;
 use crate::space::{Fault, FrozenSpace};
+use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
 use crate::units::{BLOCK_LEN, Extent, Generation, Pba, PoolId};
-use async_lock::MutexGuard;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pages are written in runs of at most this many.
@@ -23,8 +23,8 @@ const DISCARD_BLOCKS_MIN: u64 = 16;
 /// Writes checkpoints, one at a time, and remembers the last.
 #[derive(Debug)]
 pub(crate) struct Checkpoints {
-    current: async_lock::Mutex<Superblock>,
-    durable: AtomicU64,
+    current: AsyncMutex<Superblock>,
+    durable: Watermark,
     written: AtomicU64,
     last_ns: AtomicU64,
 }
@@ -57,8 +57,8 @@ impl Checkpoints {
     /// The checkpoint that `superblock` names is the current one.
     pub(crate) fn new(superblock: Superblock) -> Self {
         Self {
-            durable: AtomicU64::new(superblock.generation.0),
-            current: async_lock::Mutex::new(superblock),
+            durable: Watermark::new(superblock.generation.0),
+            current: AsyncMutex::new(superblock),
             written: AtomicU64::new(0),
             last_ns: AtomicU64::new(0),
         }
@@ -67,14 +67,14 @@ impl Checkpoints {
     /// The last durable generation, how many were written since the pool was opened, and how long the last took.
     pub(crate) fn progress(&self) -> (Generation, u64, u64) {
         (
-            Generation(self.durable.load(Ordering::Acquire)),
+            Generation(self.durable.get()),
             self.written.load(Ordering::Relaxed),
             self.last_ns.load(Ordering::Relaxed),
         )
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
-    pub(crate) async fn hold(&self) -> MutexGuard<'_, Superblock> {
+    pub(crate) async fn hold(&self) -> AsyncMutexGuard<'_, Superblock> {
         self.current.lock().await
     }
 
@@ -120,7 +120,7 @@ impl Checkpoints {
 
     async fn write_next<D: Device>(
         &self,
-        mut current: MutexGuard<'_, Superblock>,
+        mut current: AsyncMutexGuard<'_, Superblock>,
         ledger: &Ledger,
         device: &D,
         ending: Ending,
@@ -169,7 +169,7 @@ impl Checkpoints {
         ledger.poison_on(write_superblocks(device, &next, flush).await)?;
         *current = next;
 
-        self.durable.store(frozen.generation.0, Ordering::Release);
+        self.durable.raise(frozen.generation.0);
         ledger.set_durable(batch.end);
         let mut commit = match held {
             Some(commit) => commit,

@@ -1,8 +1,7 @@
 //! Ordering of overlapping requests on a volume whose sectors are smaller than a block: a partial write reads the
 //! block, merges and writes it, and nobody else may write the block meanwhile.
 
-use event_listener::{Event, listener};
-use parking_lot::Mutex;
+use crate::sync::{Event, Mutex};
 use std::ops::Range;
 
 /// The byte ranges being changed.
@@ -22,20 +21,16 @@ pub(crate) struct RangeGuard<'a> {
 impl RangeLocks {
     /// Waits until no overlapping range is held, and holds this one.
     pub(crate) async fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
-        loop {
-            listener!(self.released => released);
-            {
+        self.released
+            .wait_for(|| {
                 let mut held = self.held.lock();
-                if !held
+                let is_free = !held
                     .iter()
-                    .any(|other| other.start < range.end && range.start < other.end)
-                {
-                    held.push(range.clone());
-                    return RangeGuard { locks: self, range };
-                }
-            }
-            released.await;
-        }
+                    .any(|other| other.start < range.end && range.start < other.end);
+                is_free.then(|| held.push(range.clone()))
+            })
+            .await;
+        RangeGuard { locks: self, range }
     }
 }
 
@@ -46,6 +41,6 @@ impl Drop for RangeGuard<'_> {
             held.swap_remove(index);
         }
         drop(held);
-        self.locks.released.notify(usize::MAX);
+        self.locks.released.notify_all();
     }
 }

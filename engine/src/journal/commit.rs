@@ -4,8 +4,8 @@ use super::{Ledger, Ring, State};
 use crate::device::{BlockBuf, Device};
 use crate::error::Result;
 use crate::format::journal::{BlockHeader, encode_blocks};
+use crate::sync::AsyncMutexGuard;
 use crate::units::{BLOCK_LEN, Extent, Seq};
-use async_lock::MutexGuard;
 use std::sync::atomic::Ordering;
 
 /// Where the journal goes on.
@@ -94,13 +94,13 @@ impl Ledger {
     /// Makes everything that was acknowledged before the call durable.
     pub(crate) async fn commit<D: Device>(&self, device: &D) -> Result<Committed> {
         self.check_poison()?;
-        let request = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let request = self.asked.take();
         let mut commit = self.commit.lock().await;
         self.check_poison()?;
         if commit.covered >= request {
             return Ok(Committed::Done);
         }
-        let covers = self.asked.load(Ordering::SeqCst);
+        let covers = self.asked.taken();
         let batch = {
             let mut state = self.state.write();
             if !commit.fits(state.pending.len()) {
@@ -122,12 +122,11 @@ impl Ledger {
     /// Everything before `end` is durable.
     pub(crate) fn set_durable(&self, end: Seq) {
         self.state.write().settle(end);
-        self.durable
-            .fetch_max(end.0.saturating_sub(1), Ordering::AcqRel);
+        self.durable.raise(end.0.saturating_sub(1));
     }
 
     /// Keeps commits away while a checkpoint finds its cut.
-    pub(crate) async fn hold_commits(&self) -> MutexGuard<'_, Commit> {
+    pub(crate) async fn hold_commits(&self) -> AsyncMutexGuard<'_, Commit> {
         self.commit.lock().await
     }
 

@@ -28,11 +28,11 @@ use crate::limits::JOURNAL_PENDING_BYTES_MAX;
 use crate::map::{MapPage, ReclaimStep};
 use crate::metadata::{Metadata, Prepared};
 use crate::space::{Fault, Missing};
+use crate::sync::{AsyncMutex, Latch, RwLock, Tickets, Watermark};
 use crate::units::{Generation, Pba, PoolId, Seq, VolumeId};
 use commit::Commit;
-use parking_lot::RwLock;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The state of an open pool, what changes it and what makes the changes durable.
 #[derive(Debug)]
@@ -40,14 +40,14 @@ pub(crate) struct Ledger {
     state: RwLock<State>,
     /// Who uses blocks that were looked up.
     pub(crate) gate: Gate,
-    commit: async_lock::Mutex<Commit>,
-    flushing: async_lock::Mutex<()>,
+    commit: AsyncMutex<Commit>,
+    flushing: AsyncMutex<()>,
     /// Commits asked for; one that begins after a request covers it.
-    asked: AtomicU64,
+    asked: Tickets,
     committed: AtomicU64,
     /// The last record that is durable.
-    durable: AtomicU64,
-    is_poisoned: AtomicBool,
+    durable: Watermark,
+    poisoned: Latch,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) pool: PoolId,
 }
@@ -139,12 +139,12 @@ impl Ledger {
                 ring,
             }),
             gate: Gate::default(),
-            commit: async_lock::Mutex::new(Commit::new(tail)),
-            flushing: async_lock::Mutex::new(()),
-            asked: AtomicU64::new(0),
+            commit: AsyncMutex::new(Commit::new(tail)),
+            flushing: AsyncMutex::new(()),
+            asked: Tickets::default(),
             committed: AtomicU64::new(0),
-            durable: AtomicU64::new(next_seq.0.saturating_sub(1)),
-            is_poisoned: AtomicBool::new(false),
+            durable: Watermark::new(next_seq.0.saturating_sub(1)),
+            poisoned: Latch::default(),
             clock,
             pool,
         }
@@ -152,7 +152,7 @@ impl Ledger {
 
     /// The last record that is durable.
     pub(crate) fn durable(&self) -> Seq {
-        Seq(self.durable.load(Ordering::Acquire))
+        Seq(self.durable.get())
     }
 
     /// Commits since the pool was opened.
@@ -161,7 +161,7 @@ impl Ledger {
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {
-        self.is_poisoned.load(Ordering::Acquire)
+        self.poisoned.is_set()
     }
 
     /// Refuses once a flush has failed.
@@ -177,7 +177,7 @@ impl Ledger {
     /// success for what is gone: so this is for good.
     pub(crate) fn poison_on<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
-            self.is_poisoned.store(true, Ordering::Release);
+            self.poisoned.set();
             tracing::error!(%error, "the pool takes no more writes");
         }
         result

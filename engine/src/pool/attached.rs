@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
 use crate::name::VolumePath;
+use crate::sync::Published;
 use crate::units::{BLOCK_BYTES, VolumeId};
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub(super) struct AttachedVolume {
     pub(super) id: VolumeId,
-    pub(super) bytes: AtomicU64,
+    pub(super) bytes: Published,
     pub(super) counters: Counters,
     locks: RangeLocks,
     sector_bytes: u32,
@@ -40,7 +41,7 @@ impl Attached {
             pool.check_withheld(entry.id, path)?;
             Ok::<_, Error>(AttachedVolume {
                 id: entry.id,
-                bytes: AtomicU64::new(entry.bytes),
+                bytes: Published::new(entry.bytes),
                 counters: Counters::new(&**clock),
                 locks: RangeLocks::default(),
                 sector_bytes: entry.sector_bytes,
@@ -77,7 +78,7 @@ impl Attached {
 
     /// Its size in bytes, now.
     pub fn bytes(&self) -> u64 {
-        self.volume.bytes.load(Ordering::Acquire)
+        self.volume.bytes.get()
     }
 
     /// Its logical sector.

@@ -4,9 +4,8 @@ use super::Pool;
 use crate::device::Device;
 use crate::error::Result;
 use crate::limits::MAP_PAGES_MAX;
+use crate::sync::{Mutex, Signal};
 use crate::units::VolumeId;
-use event_listener::{Event, listener};
-use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -22,8 +21,7 @@ const RECLAIM_STEPS: u32 = 64;
 pub(super) struct Maintenance {
     committed_ns: AtomicU64,
     checkpointed_ns: AtomicU64,
-    is_wanted: AtomicBool,
-    wanted: Event,
+    wanted: Signal,
     reclaimed: AtomicU64,
     /// Removed trees that cannot be read: their space stays used, and nothing else suffers.
     parked: Mutex<BTreeSet<VolumeId>>,
@@ -36,8 +34,7 @@ impl Maintenance {
         Self {
             committed_ns: AtomicU64::new(now_ns),
             checkpointed_ns: AtomicU64::new(now_ns),
-            is_wanted: AtomicBool::new(true),
-            wanted: Event::new(),
+            wanted: Signal::new(true),
             reclaimed: AtomicU64::new(0),
             parked: Mutex::default(),
             has_reclaimed: AtomicBool::new(false),
@@ -46,8 +43,7 @@ impl Maintenance {
 
     /// There is something to do now.
     pub(super) fn want(&self) {
-        self.is_wanted.store(true, Ordering::SeqCst);
-        self.wanted.notify(usize::MAX);
+        self.wanted.raise();
     }
 
     /// Blocks and references returned since the pool was opened.
@@ -87,13 +83,7 @@ impl Pool {
 
     /// Waits until [`Pool::maintain`] is wanted before its usual time (each 100 ms); for the background thread.
     pub async fn maintenance_wanted(&self) {
-        loop {
-            listener!(self.maintenance.wanted => wanted);
-            if self.maintenance.is_wanted.swap(false, Ordering::SeqCst) {
-                return;
-            }
-            wanted.await;
-        }
+        self.maintenance.wanted.take().await;
     }
 
     fn wants_checkpoint(&self, now: u64, reclaim_goes_on: bool) -> bool {

@@ -31,10 +31,10 @@ use crate::format::record::Record;
 use crate::journal::{Draft, Ledger};
 use crate::name::Name;
 use crate::space::Fault;
+use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{PoolId, Timestamp, VolumeId};
 use attached::AttachedVolume;
 use maintain::Maintenance;
-use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ pub struct Pool {
     checkpoints: Checkpoints,
     attached: Mutex<BTreeMap<VolumeId, Arc<AttachedVolume>>>,
     /// Commands that change the catalog go one at a time.
-    control: async_lock::Mutex<()>,
+    control: AsyncMutex<()>,
     maintenance: Maintenance,
 }
 

@@ -18,6 +18,7 @@ use crate::format::superblock::Superblock;
 use crate::journal::{Ledger, Ring, RingOwner};
 use crate::limits::{POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
 use crate::name::Name;
+use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{BLOCK_BYTES, Generation, PoolId, Seq, Timestamp};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -167,8 +168,8 @@ impl Pool {
             ring: options.ring,
             checkpoints: Checkpoints::new(superblock),
             ledger,
-            attached: parking_lot::Mutex::default(),
-            control: async_lock::Mutex::new(()),
+            attached: Mutex::default(),
+            control: AsyncMutex::new(()),
             maintenance: Maintenance::new(options.clock.monotonic_ns()),
         };
         if pool.is_read_only {

@@ -11,7 +11,6 @@ use crate::metadata::blocks_of;
 use crate::name::{Name, VolumePath};
 use crate::units::{BLOCK_BYTES, Lba, VolumeId};
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 
 impl Pool {
     /// Takes snapshots of one or several volumes at one point in time; durable on return.
@@ -133,7 +132,7 @@ impl Pool {
         closing.drained().await;
         self.flush(device).await?;
         if let Some(attached) = self.attached.lock().get(&volume) {
-            attached.bytes.store(bytes, Ordering::Release);
+            attached.bytes.set(bytes);
         }
         self.maintenance.want();
         Ok(())

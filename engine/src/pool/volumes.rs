@@ -15,7 +15,6 @@ use crate::name::{Name, VolumePath};
 use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, Lba, Pba, VolumeId};
 use rustc_hash::FxHashMap;
-use std::sync::atomic::Ordering;
 
 fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
     let invalid = |fact: String| Err(Error::with(ErrorKind::Invalid, format!("{name}: {fact}")));
@@ -144,7 +143,7 @@ impl Pool {
         self.change(device, |draft| draft.apply(&Record::Resize { id, bytes }))
             .await?;
         if let Some(attached) = attached {
-            attached.bytes.store(bytes, Ordering::Release);
+            attached.bytes.set(bytes);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@
     reason = "io_uring entries carry addresses, and no crate wraps these commands"
 )]
 
+use crate::sync::Latch;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
 use std::fs::{File, OpenOptions};
@@ -15,7 +16,6 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub(super) struct Commands {
     ring: IoUring<squeue::Entry128, cqueue::Entry>,
     control: File,
     next_token: u64,
-    is_given_up: Arc<AtomicBool>,
+    is_given_up: Arc<Latch>,
 }
 
 /// What a command carries besides its number.
@@ -85,7 +85,7 @@ impl Commands {
     }
 
     /// The commands from now on end early once `is_given_up` holds.
-    pub(super) fn heed(&mut self, is_given_up: &Arc<AtomicBool>) {
+    pub(super) fn heed(&mut self, is_given_up: &Arc<Latch>) {
         self.is_given_up = Arc::clone(is_given_up);
     }
 
@@ -211,7 +211,7 @@ impl Commands {
                     };
                 }
             }
-            if !is_cancelled && self.is_given_up.load(Ordering::Relaxed) {
+            if !is_cancelled && self.is_given_up.is_set() {
                 let cancel = opcode::AsyncCancel::new(token).build();
                 let cancel = squeue::Entry128::from(cancel.user_data(CANCEL_TOKEN));
                 // SAFETY: the entry carries no address.

@@ -10,10 +10,10 @@
 use super::command::{CONTROL_PATH, Commands};
 use super::{block_path, task};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Latch;
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -83,7 +83,7 @@ impl Ask {
         job: impl FnOnce(&mut Commands) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (answers, answered) = mpsc::channel();
-        let is_given_up = Arc::new(AtomicBool::new(false));
+        let is_given_up = Arc::new(Latch::default());
         let heeded = Arc::clone(&is_given_up);
         submit(Box::new(move |slot| {
             // A caller that has given up must not have its command carried out behind its back.
@@ -103,7 +103,7 @@ impl Ask {
             Ok(Answer::Done(result)) => result,
             Ok(Answer::Begun) => Err(self.vanished()),
             Err(error) => {
-                is_given_up.store(true, Ordering::Relaxed);
+                is_given_up.set();
                 if answered.recv_timeout(CANCEL_LIMIT).is_err() {
                     leave_behind();
                 }
@@ -158,7 +158,7 @@ impl Ask {
 }
 
 impl Slot {
-    fn commands(&mut self, is_given_up: &Arc<AtomicBool>) -> Result<&mut Commands> {
+    fn commands(&mut self, is_given_up: &Arc<Latch>) -> Result<&mut Commands> {
         let commands = match &mut self.commands {
             Some(commands) => commands,
             slot @ None => slot.insert(Commands::open().map_err(cannot_control)?),

@@ -14,6 +14,7 @@ use super::wake::{Bell, Belled};
 use crate::device::PoolFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Attached;
+use crate::sync::Latch;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::io::{UblkDev, UblkQueue, ublk_init_task_ring};
 use libublk::uring_async::{
@@ -26,7 +27,6 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
@@ -50,7 +50,7 @@ pub(super) struct Queue {
 /// What a queue thread and its owner share.
 struct Shared {
     bell: Arc<Bell>,
-    is_frozen: AtomicBool,
+    frozen: Latch,
     failure: Mutex<Option<(ErrorKind, String)>>,
 }
 
@@ -60,7 +60,7 @@ impl Queue {
         let name = format!("ublk{}-{}", work.device.dev_info.dev_id, work.index);
         let shared = Arc::new(Shared {
             bell: Arc::new(Bell::new().map_err(|e| Error::io(e, format!("{name}: no eventfd")))?),
-            is_frozen: AtomicBool::new(false),
+            frozen: Latch::default(),
             failure: Mutex::new(None),
         });
         let thread = task::spawn(&name, {
@@ -84,7 +84,7 @@ impl Queue {
     /// Takes no further request. The thread ends when those under way are done; their results stay here, so the kernel
     /// gives them to the next daemon.
     pub(super) fn freeze(&self) {
-        self.shared.is_frozen.store(true, Ordering::SeqCst);
+        self.shared.frozen.set();
         self.shared.bell.ring();
     }
 
@@ -105,7 +105,7 @@ impl Shared {
     }
 
     fn is_frozen(&self) -> bool {
-        self.is_frozen.load(Ordering::SeqCst)
+        self.frozen.is_set()
     }
 }
 

@@ -2,10 +2,11 @@
 //! lie in the executor's queue until the next completion; the bell is an eventfd that the ring reads.
 //!
 //! Invariant: whoever makes a task runnable from outside first makes it runnable, then looks whether the thread sleeps;
-//! the thread first says that it sleeps, then looks for runnable tasks. So one of the two sees the other.
+//! the thread first says that it sleeps, then looks for runnable tasks. So one of the two sees the other (`Sleeper`).
 
 #![expect(unsafe_code, reason = "std cannot make an eventfd")]
 
+use crate::sync::Sleeper;
 use std::cell::Cell;
 use std::fs::File;
 use std::future::Future;
@@ -14,14 +15,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
 /// What wakes a queue thread out of its ring.
 #[derive(Debug)]
 pub(super) struct Bell {
     eventfd: File,
-    is_sleeping: AtomicBool,
+    sleeper: Sleeper,
     owner: AtomicUsize,
 }
 
@@ -45,7 +46,7 @@ impl Bell {
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self {
             eventfd: File::from(owned),
-            is_sleeping: AtomicBool::new(false),
+            sleeper: Sleeper::default(),
             owner: AtomicUsize::new(0),
         })
     }
@@ -57,12 +58,12 @@ impl Bell {
 
     /// The thread is about to sleep; it looks for runnable tasks once more after this.
     pub(super) fn lie_down(&self) {
-        self.is_sleeping.store(true, Ordering::SeqCst);
+        self.sleeper.lie_down();
     }
 
     /// The thread is awake, and will look for runnable tasks before it sleeps again.
     pub(super) fn get_up(&self) {
-        self.is_sleeping.store(false, Ordering::Relaxed);
+        self.sleeper.get_up();
     }
 
     /// Makes the ring's read of the eventfd complete, whether the thread sleeps or not.
@@ -73,9 +74,7 @@ impl Bell {
 
     /// Wakes the thread if it sleeps and is another one than the caller.
     fn ring_from_outside(&self) {
-        if self.owner.load(Ordering::Relaxed) != this_thread()
-            && self.is_sleeping.swap(false, Ordering::SeqCst)
-        {
+        if self.owner.load(Ordering::Relaxed) != this_thread() && self.sleeper.must_be_woken() {
             self.ring();
         }
     }

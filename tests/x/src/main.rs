@@ -5,10 +5,12 @@ mod command;
 mod demo;
 mod guest;
 mod kill_nbd;
+mod miri;
 mod paths;
 mod power_cut;
 mod quick;
 mod row;
+mod sched;
 mod scorecard;
 mod seeded_bugs;
 mod setup;
@@ -58,6 +60,10 @@ enum Verb {
     Churn(row::Options),
     /// Put historical bugs back, one at a time: the harness must find each (row R3 of the scorecard)
     SeededBugs(seeded_bugs::Options),
+    /// R10: schedules (shuttle), memory orders (loom) and linearizable histories
+    Sched(sched::Options),
+    /// The engine's unit tests under Miri, which finds undefined behaviour
+    Miri,
     /// The rules of this repository that no compiler knows
     Tidy {
         /// Note that docs/format.md describes the format as it is now
@@ -126,6 +132,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::PowerCut(options) => return power_cut::run(&options),
         Verb::Churn(options) => return row::churn(&options),
         Verb::SeededBugs(options) => return seeded_bugs::run(&options),
+        Verb::Sched(options) => return sched::run(&options),
+        Verb::Miri => return miri::run(),
         Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {
             kernel,

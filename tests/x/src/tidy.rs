@@ -8,12 +8,13 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// The engine's rooms, the lowest first: a room imports itself and what stands before it.
-const ROOMS: [&str; 16] = [
+const ROOMS: [&str; 17] = [
     "units",
     "limits",
     "error",
     "name",
     "clock",
+    "sync",
     "format",
     "device",
     "space",
