@@ -258,8 +258,15 @@ impl Ledger {
         match fault {
             Fault::Error(error) => Err(error),
             Fault::Missing(missing) => {
-                let (bounds, place) = self
-                    .look(|metadata| (metadata.space.bounds(), metadata.missing_place(missing)));
+                let wanted = self.look(|metadata| {
+                    let place = metadata.missing_place(missing);
+                    (!metadata.has(missing)).then(|| (metadata.space.bounds(), place))
+                });
+                // Somebody else has read it since the lookup. A checkpoint may even have given it a new place, where
+                // it is not written yet.
+                let Some((bounds, place)) = wanted else {
+                    return Ok(());
+                };
                 let read = read_missing(device, self.pool, bounds, missing, place).await;
                 self.state.write().metadata.supply_read(missing, read)
             }
@@ -278,6 +285,14 @@ pub(crate) enum Supplied {
 type CountsPlace = Option<(crate::format::layout::Slot, Generation, bool)>;
 
 impl Metadata {
+    /// Whether what was missing is there by now.
+    fn has(&self, missing: Missing) -> bool {
+        match missing {
+            Missing::Counts(region) => self.space.has_region(region),
+            Missing::Page(..) => false,
+        }
+    }
+
     fn missing_place(&self, missing: Missing) -> CountsPlace {
         match missing {
             Missing::Counts(region) => self.space.region_place(region),
@@ -287,6 +302,9 @@ impl Metadata {
 
     /// Takes over what was read. Counts that cannot be read close their region to allocation, and nothing else.
     fn supply_read(&mut self, missing: Missing, read: Result<Supplied>) -> Result<()> {
+        if self.has(missing) {
+            return Ok(());
+        }
         let supplied = read.and_then(|supplied| self.supply(missing, supplied));
         if let (Err(error), Missing::Counts(region)) = (&supplied, missing) {
             tracing::error!(%error, "no block of this region is given out any more");

@@ -324,6 +324,13 @@ impl SpaceMap {
         }
     }
 
+    /// Whether a region's counts are in memory. Once there, they stay.
+    pub(crate) fn has_region(&self, region: u64) -> bool {
+        let index = usize::try_from(region).ok();
+        let region = index.and_then(|index| self.regions.get(index));
+        region.is_some_and(Region::is_loaded)
+    }
+
     /// Gives no block of a region out any more: its counts cannot be read.
     pub(crate) fn close_region(&mut self, region: u64) {
         let index = usize::try_from(region).ok();
