@@ -56,7 +56,7 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 10] = [
+const ROWS: [Row; 11] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
     row("damage", Program::Prove, true),
@@ -67,6 +67,7 @@ const ROWS: [Row; 10] = [
     row("model", Program::Prove, true),
     row("open", Program::Prove, false),
     row("churn", Program::Verb, false),
+    row("sched", Program::Verb, false),
 ];
 
 const BEGIN: &str = "<!-- scorecard: begin -->\n";
