@@ -56,9 +56,10 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 11] = [
+const ROWS: [Row; 12] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
+    row("seeded-bugs", Program::Verb, false),
     row("damage", Program::Prove, true),
     row("kill", Program::Verb, false),
     row("kill-nbd", Program::Verb, false),
