@@ -306,7 +306,6 @@ impl Host {
             }
         } else if bytes > now {
             opened.set_len(bytes).map_err(failed)?;
-            opened.sync_all().map_err(failed)?;
         }
         block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
     }

@@ -484,13 +484,8 @@ impl Witness {
 
     async fn grow(&self, blocks: u64) {
         self.device.grow(blocks);
-        let grown = async {
-            // As the command does: the file's new size is durable before the pool counts on it.
-            self.device.flush().await?;
-            self.pool.grow(&self.device, blocks).await
-        };
         let begun = self.begin();
-        let done = grown.await;
+        let done = self.pool.grow(&self.device, blocks).await;
         let span = self.ended(begun, &done);
         self.oracle.borrow_mut().flushed(span);
     }

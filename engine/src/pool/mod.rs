@@ -100,7 +100,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Takes the device's blocks up to `blocks` into use.
+    /// Takes the device's blocks up to `blocks` into use; it has them already, durably or not.
     pub async fn grow<D: Device>(&self, device: &D, blocks: u64) -> Result<()> {
         self.check_writable()?;
         let _alone = self.control.lock().await;
@@ -122,6 +122,9 @@ impl Pool {
             ));
         }
         if blocks > before {
+            // The device's new size is durable before a record counts on it. A flush that fails here is as final as
+            // any other: it may have taken acknowledged writes with it.
+            self.ledger.flush_device(device).await?;
             self.change(device, |draft| draft.apply(&Record::Grow { blocks }))
                 .await?;
         }

@@ -43,6 +43,8 @@ pub enum Go {
 
 /// How long nobody hears of a machine that says nothing.
 const TICK: Duration = Duration::from_millis(10);
+/// How often a machine is started whose kernel dies on the way up.
+const BOOTS_MAX: u32 = 3;
 /// The exit status of a command that was killed with its machine.
 const KILLED: u8 = 137;
 
@@ -57,11 +59,27 @@ impl Drop for Running {
     }
 }
 
-/// Boots the machine and waits for its end.
+/// Boots the machine and waits for its end. A kernel that dies before the guest's first line is started again: an
+/// emulated one does now and then, and nothing of ours has run.
 pub(super) fn boot(
     machine: &Machine<'_>,
     watch: &mut dyn FnMut(Option<&str>) -> Go,
 ) -> Result<Outcome> {
+    for _ in 1..BOOTS_MAX {
+        let console = run(machine, watch)?;
+        match &console.panic {
+            Some(panic) if !console.is_up => eprintln!(
+                "x: booting again: the guest's kernel died{}\n{panic}",
+                console.before_the_end()
+            ),
+            _ => return console.outcome(),
+        }
+    }
+    run(machine, watch)?.outcome()
+}
+
+/// One boot: what came over the serial line.
+fn run(machine: &Machine<'_>, watch: &mut dyn FnMut(Option<&str>) -> Go) -> Result<Console> {
     let mut command = command(machine);
     let mut running = Running(
         command
@@ -120,7 +138,7 @@ pub(super) fn boot(
             break;
         }
     }
-    console.outcome()
+    Ok(console)
 }
 
 fn command(machine: &Machine<'_>) -> Command {
