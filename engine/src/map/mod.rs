@@ -6,6 +6,8 @@
 
 mod change;
 mod lookup;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 pub(crate) use change::UnmapStep;

@@ -180,10 +180,9 @@ impl MapStore {
             space.release(*entry, Some(seq));
             released += 1;
         }
-        let lowest = path.len() - 1;
-        for (index, (ptr, level)) in path.into_iter().enumerate().rev() {
-            let is_shared_or_leaf = index == lowest && released > 0;
-            if is_shared_or_leaf || span_end(level, from) <= end {
+        // A leaf or a shared page ends where the step does; a page above it goes with its last child.
+        for (ptr, level) in path.into_iter().rev() {
+            if span_end(level, from) <= end {
                 self.release_page(ptr, seq, space);
             }
         }

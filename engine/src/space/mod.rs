@@ -8,6 +8,8 @@
 mod region;
 mod reserve;
 mod restore;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use region::FrozenRegion;
 

@@ -14,6 +14,7 @@ mod sched;
 mod scorecard;
 mod seeded_bugs;
 mod setup;
+mod strength;
 mod test;
 mod tidy;
 
@@ -46,6 +47,10 @@ enum Verb {
     KillNbd(kill_nbd::Options),
     /// Every row of the scorecard, in one table: what is proven, and how far
     Scorecard(scorecard::Options),
+    /// R4 of the scorecard: change the code in one place at a time, and count the changes that no test notices
+    Mutants(strength::mutants::Options),
+    /// R4 of the scorecard: the lines that tests reach where a mistake loses data
+    Coverage(strength::coverage::Options),
     /// What every commit passes: fmt, clippy, rustdoc, tidy
     Quick,
     /// Everything: unit tests, suites, and real devices in the guest on both kernels
@@ -115,6 +120,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Demo(options) => return demo::run(&options),
         Verb::Bench(options) => return bench::run(&options),
         Verb::KillNbd(options) => return kill_nbd::run(&options),
+        Verb::Mutants(options) => return strength::mutants::run(&options),
+        Verb::Coverage(options) => return strength::coverage::run(&options),
         Verb::Quick => return quick::run(),
         Verb::Nightly => {
             let tested = test::run(&test::Options::default())?;

@@ -56,10 +56,12 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 12] = [
+const ROWS: [Row; 14] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
     row("seeded-bugs", Program::Verb, false),
+    row("mutants", Program::Verb, false),
+    row("coverage", Program::Verb, false),
     row("damage", Program::Prove, true),
     row("kill", Program::Verb, false),
     row("kill-nbd", Program::Verb, false),

@@ -1,0 +1,518 @@
+//! The space against a plain list of its blocks: random operations by seed.
+
+use super::{Fault, SpaceMap, place};
+use crate::error::ErrorKind;
+use crate::format::counts::{Index, REGION_LEN};
+use crate::format::layout::{self, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS};
+use crate::units::{Extent, Generation, Pba, Seq};
+use fastrand::Rng;
+use std::collections::BTreeMap;
+
+/// What the space says of one block, kept in the simplest way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Block {
+    is_fixed: bool,
+    is_reserved: bool,
+    is_pending: bool,
+    count: u32,
+}
+
+impl Block {
+    fn is_free(self) -> bool {
+        self == Self::default()
+    }
+}
+
+struct Pair {
+    space: SpaceMap,
+    blocks: Vec<Block>,
+    reserved: Vec<Extent>,
+    /// What a freeze took and no reuse has freed yet.
+    taken: Vec<Extent>,
+    unsettled: BTreeMap<u64, u64>,
+    seq: u64,
+    generation: u64,
+    rng: Rng,
+}
+
+fn fixed(blocks: u64, journal: Extent) -> Vec<Block> {
+    let block = |pba| Block {
+        is_fixed: layout::is_fixed(Pba(pba), journal),
+        ..Block::default()
+    };
+    (0..blocks).map(block).collect()
+}
+
+fn loaded(blocks: u64, journal: Extent) -> SpaceMap {
+    let mut space = SpaceMap::new(blocks, journal);
+    for region in 0..layout::region_count(blocks) {
+        space.load(region, None, None).unwrap();
+    }
+    space
+}
+
+/// The space as it would be read back from what a freeze hands to a checkpoint.
+fn reload(pair: &mut Pair) -> SpaceMap {
+    let mut regions = BTreeMap::new();
+    let mut index: BTreeMap<(u8, u64), Box<Index>> = BTreeMap::new();
+    // Every region is dirty, so that all of it is there.
+    for region in 0..layout::region_count(pair.space.blocks()) {
+        pair.space.dirty.insert(region);
+    }
+    pair.generation += 1;
+    let frozen = pair.space.freeze(Generation(pair.generation));
+    for region in frozen.regions {
+        regions.insert(region.region, (region.low, region.high));
+    }
+    for (level, page, _, content) in frozen.index {
+        index.insert((level, page), content);
+    }
+    let mut read = SpaceMap::new(pair.space.blocks(), pair.space.journal);
+    read.load_top(&frozen.top).unwrap();
+    for level in (1..=INDEX_LEVELS).rev() {
+        for (page, _, generation) in read.index_places(level) {
+            assert_eq!(generation, Generation(pair.generation));
+            read.load_index(level, page, &index[&(level, page)])
+                .unwrap();
+        }
+    }
+    for (region, (low, high)) in regions {
+        let (_, generation, is_wide) = read.region_place(region).unwrap();
+        assert_eq!(generation, Generation(pair.generation));
+        assert_eq!(is_wide, high.is_some());
+        read.load(region, Some(&low), high.as_deref()).unwrap();
+    }
+    read
+}
+
+impl Pair {
+    fn new(seed: u64, blocks: u64) -> Self {
+        let journal = layout::journal(blocks);
+        Self {
+            space: loaded(blocks, journal),
+            blocks: fixed(blocks, journal),
+            reserved: Vec::new(),
+            taken: Vec::new(),
+            unsettled: BTreeMap::new(),
+            seq: 1,
+            generation: 1,
+            rng: Rng::with_seed(seed),
+        }
+    }
+
+    fn at(&mut self, pba: Pba) -> &mut Block {
+        &mut self.blocks[usize::try_from(pba.0).unwrap()]
+    }
+
+    /// Free blocks from a place on, up to the end of its region.
+    fn run(&self, from: u64) -> u64 {
+        let end = ((from / REGION_BLOCKS + 1) * REGION_BLOCKS).min(self.blocks.len() as u64);
+        let run = &self.blocks[usize::try_from(from).unwrap()..usize::try_from(end).unwrap()];
+        run.iter().take_while(|block| block.is_free()).count() as u64
+    }
+
+    /// The free runs of a region: where they begin, and their lengths.
+    fn runs(&self, region: u64) -> Vec<(u64, u64)> {
+        let end = ((region + 1) * REGION_BLOCKS).min(self.blocks.len() as u64);
+        let mut at = region * REGION_BLOCKS;
+        let mut runs = Vec::new();
+        while at < end {
+            match self.run(at) {
+                0 => at += 1,
+                length => {
+                    runs.push((at, length));
+                    at += length;
+                }
+            }
+        }
+        runs
+    }
+
+    fn reserve(&mut self) {
+        let goal = match self.rng.u8(..3) {
+            0 => Pba(0),
+            1 => Pba(self.rng.u64(..self.blocks.len() as u64)),
+            _ => self.reserved.last().map_or(Pba(0), |last| last.end()),
+        };
+        let most = [1, 8, 300, 3000][self.rng.usize(..4)];
+        let want = 1 + self.rng.u64(..most);
+        let left = self.space.free_for_data();
+        let extent = match self.space.reserve(goal, want) {
+            Ok(extent) => extent,
+            Err(Fault::Error(error)) => {
+                assert_eq!((error.kind(), left), (ErrorKind::OutOfSpace, 0));
+                return;
+            }
+            Err(fault) => panic!("{fault:?}"),
+        };
+        let most = want.min(left);
+        let is_goal_free = goal.0 > 0 && goal.0 < self.blocks.len() as u64 && self.run(goal.0) > 0;
+        if is_goal_free {
+            assert_eq!(extent, Extent::new(goal, most.min(self.run(goal.0))));
+        } else {
+            let region = extent.start.0 / REGION_BLOCKS;
+            let runs = self.runs(region);
+            let first_whole = runs.iter().find(|(_, length)| *length >= most);
+            let longest = runs.iter().map(|(_, length)| *length).max().unwrap_or(0);
+            let first_longest = runs.iter().find(|(_, length)| *length == longest);
+            let (start, length) = *first_whole.or(first_longest).unwrap();
+            assert_eq!(extent, Extent::new(Pba(start), most.min(length)));
+            // Another region is taken only where this one had no room for half a region's worth.
+            let free = |region| {
+                self.runs(region)
+                    .iter()
+                    .map(|(_, length)| length)
+                    .sum::<u64>()
+            };
+            let enough = most.min(REGION_BLOCKS / 2);
+            let regions = layout::region_count(self.blocks.len() as u64);
+            assert!(free(region) >= enough || (0..regions).all(|region| free(region) < enough));
+        }
+        for pba in extent.blocks() {
+            self.at(pba).is_reserved = true;
+        }
+        self.reserved.push(extent);
+    }
+
+    fn publish_or_cancel(&mut self) {
+        if self.reserved.is_empty() {
+            return;
+        }
+        let extent = self
+            .reserved
+            .swap_remove(self.rng.usize(..self.reserved.len()));
+        let is_published = self.rng.u8(..4) > 0;
+        for pba in extent.blocks() {
+            self.at(pba).is_reserved = false;
+            if is_published {
+                self.at(pba).count = 1;
+                self.space.publish(pba);
+            }
+        }
+        if !is_published {
+            self.space.cancel(extent);
+        }
+    }
+
+    fn owned(&mut self) -> Option<Pba> {
+        let from = self.rng.usize(..self.blocks.len());
+        let later = (from..self.blocks.len()).find(|&at| self.blocks[at].count > 0);
+        later.map(|at| Pba(at as u64))
+    }
+
+    fn retain_and_release(&mut self) {
+        for _ in 0..self.rng.usize(..200) {
+            let Some(pba) = self.owned() else { return };
+            if self.rng.u8(..3) == 0 {
+                self.at(pba).count += 1;
+                self.space.retain(pba);
+                continue;
+            }
+            self.seq += 1;
+            let seq = (self.rng.u8(..4) > 0).then_some(Seq(self.seq));
+            self.at(pba).count -= 1;
+            let block = *self.at(pba);
+            match (block.count, seq) {
+                (0, _) => self.at(pba).is_pending = true,
+                (1, Some(seq)) => {
+                    self.unsettled.insert(pba.0, seq.0);
+                }
+                _ => {}
+            }
+            self.space.release(pba, seq);
+        }
+    }
+
+    fn settle(&mut self) {
+        let durable = self.rng.u64(..=self.seq);
+        self.space.settle(Seq(durable));
+        self.unsettled.retain(|_, seq| *seq > durable);
+    }
+
+    fn take_metadata(&mut self) {
+        let count = 1 + self.rng.u64(..100);
+        match self.space.set_aside(count) {
+            Ok(()) => assert!(self.space.set_aside_blocks() >= count),
+            Err(Fault::Error(error)) => assert_eq!(error.kind(), ErrorKind::OutOfSpace),
+            Err(fault) => panic!("{fault:?}"),
+        }
+        let set_aside = self.space.metadata.clone();
+        for pba in set_aside.iter().flat_map(|extent| extent.blocks()) {
+            let block = self.at(pba);
+            assert!(block.is_free() || block.is_reserved);
+            block.is_reserved = true;
+        }
+        for _ in 0..self.rng.u64(..=self.space.set_aside_blocks()) {
+            let pba = self.space.take_metadata();
+            assert!(self.at(pba).is_reserved);
+            *self.at(pba) = Block {
+                count: 1,
+                ..Block::default()
+            };
+        }
+    }
+
+    fn reuse(&mut self) {
+        for extent in std::mem::take(&mut self.taken) {
+            self.space.reuse(&[extent]);
+            for pba in extent.blocks() {
+                self.at(pba).is_pending = false;
+            }
+        }
+        self.taken = self.space.take_pending();
+    }
+
+    fn check(&mut self) {
+        for (at, block) in self.blocks.iter().enumerate() {
+            let pba = Pba(at as u64);
+            let count = if block.is_fixed { 1 } else { block.count };
+            assert_eq!(self.space.count(pba).unwrap(), count, "{pba}");
+            assert_eq!(self.space.referenced(pba).is_ok(), count > 0, "{pba}");
+            let is_settled = !self.unsettled.contains_key(&pba.0);
+            assert_eq!(self.space.is_settled(pba), is_settled, "{pba}");
+        }
+        let number = |test: &dyn Fn(&Block) -> bool| {
+            self.blocks.iter().filter(|block| test(block)).count() as u64
+        };
+        let free = number(&|block| block.is_free());
+        let aside = self.space.set_aside_blocks();
+        let kept = self.space.reserve_blocks();
+        assert_eq!(self.space.available, free);
+        assert_eq!(
+            self.space.free_for_data(),
+            (free + aside).saturating_sub(kept)
+        );
+        assert_eq!(
+            self.space.pending_blocks(),
+            number(&|block| block.is_pending)
+        );
+        let reserved: u64 = self.reserved.iter().map(|extent| extent.count).sum();
+        let used = number(&|block| block.is_fixed || block.count > 0) + reserved;
+        assert_eq!(self.space.used_blocks(), used);
+        assert_eq!(self.space.underflows(), 0);
+    }
+
+    fn check_reloaded(&mut self) {
+        let read = reload(self);
+        let mut free = 0;
+        for (at, block) in self.blocks.iter().enumerate() {
+            let pba = Pba(at as u64);
+            let count = if block.is_fixed { 1 } else { block.count };
+            assert_eq!(read.count(pba).unwrap(), count, "{pba}, read back");
+            free += u64::from(count == 0);
+        }
+        assert_eq!(read.available, free);
+    }
+}
+
+#[test]
+fn space_equals_a_list_of_its_blocks() {
+    for seed in 0..12 {
+        // A region that ends within, and several that do not.
+        let blocks = [4096, 9000, 5 * REGION_BLOCKS][usize::try_from(seed % 3).unwrap()];
+        let mut pair = Pair::new(seed, blocks);
+        pair.space.keep_back(pair.rng.u64(..3) * 10);
+        for step in 0..250 {
+            match pair.rng.u8(..12) {
+                0..4 => pair.reserve(),
+                4..7 => pair.publish_or_cancel(),
+                7..9 => pair.retain_and_release(),
+                9 => pair.settle(),
+                10 => pair.take_metadata(),
+                _ => pair.reuse(),
+            }
+            if step % 25 == 0 {
+                pair.check();
+                pair.check_reloaded();
+            }
+        }
+        pair.check();
+    }
+}
+
+#[test]
+fn space_that_grew_equals_space_made_that_large() {
+    for (before, after) in [
+        (4096, 4097),
+        (4096, 9000),
+        (2 * REGION_BLOCKS, 4096),
+        (5000, 600_000),
+    ] {
+        let journal = layout::journal(before);
+        let mut space = loaded(before, journal);
+        space.prepare_grow().unwrap();
+        space.grow(after);
+        let grown_regions = layout::region_count(before)..layout::region_count(after);
+        for region in grown_regions {
+            space.load(region, None, None).unwrap();
+        }
+        let made = loaded(after, journal);
+        assert_eq!(space.blocks(), after);
+        assert_eq!(space.available, made.available);
+        for pba in (0..after).map(Pba) {
+            assert_eq!(space.count(pba).unwrap(), made.count(pba).unwrap(), "{pba}");
+        }
+        assert_eq!(space.index[0].len(), made.index[0].len());
+        // What grew can be taken, all of it.
+        space.set_aside_last(made.available).unwrap();
+        assert_eq!(space.available, 0);
+        let free = made.available;
+        space.grow(after - 1);
+        assert_eq!((space.blocks(), space.set_aside_blocks()), (after, free));
+    }
+}
+
+#[test]
+fn a_pool_grows_only_with_the_counts_of_its_last_region_in_memory() {
+    let journal = layout::journal(4096);
+    let space = SpaceMap::new(4096, journal);
+    assert!(matches!(
+        space.prepare_grow(),
+        Err(Fault::Missing(super::Missing::Counts(2)))
+    ));
+}
+
+#[test]
+fn a_count_passes_65535_and_comes_back() {
+    let mut pair = Pair::new(1, 4096);
+    let pba = pair.space.reserve(Pba(2000), 1).unwrap().start;
+    let neighbour = pair.space.reserve(pba.plus(1), 1).unwrap().start;
+    pair.space.publish(pba);
+    pair.space.publish(neighbour);
+    pair.at(pba).count = 1;
+    pair.at(neighbour).count = 1;
+    let available = pair.space.available;
+    for step in 0..140_000_u32 {
+        pair.space.retain(pba);
+        pair.at(pba).count += 1;
+        if step % 20_000 == 19_999 || (65_530..65_540).contains(&step) {
+            assert_eq!(pair.space.count(pba).unwrap(), step + 2);
+            pair.check_reloaded();
+        }
+    }
+    let free = |pair: &Pair| pair.space.regions[1].entry().free;
+    let before = free(&pair);
+    for left in (0..140_000_u32).rev() {
+        pair.space.release(pba, None);
+        pair.at(pba).count -= 1;
+        assert_eq!(pair.space.count(pba).unwrap(), left + 1);
+        assert_eq!(free(&pair), before);
+        if left.is_multiple_of(20_000) || (65_530..65_540).contains(&left) {
+            pair.check_reloaded();
+        }
+    }
+    pair.space.release(pba, None);
+    assert_eq!(pair.space.count(pba).unwrap(), 0);
+    assert_eq!(pair.space.count(neighbour).unwrap(), 1);
+    assert_eq!((free(&pair), pair.space.available), (before + 1, available));
+    assert_eq!(pair.space.take_pending(), [Extent::new(pba, 1)]);
+    pair.space.release(pba, None);
+    assert_eq!(pair.space.underflows(), 1);
+}
+
+#[test]
+fn a_count_of_all_bits_is_damage() {
+    let mut space = SpaceMap::new(4096, layout::journal(4096));
+    let mut low = [0; REGION_LEN];
+    let mut high = [0; REGION_LEN];
+    (low[500], high[500]) = (u16::MAX, u16::MAX);
+    (low[501], high[501]) = (0, 1);
+    let mut entry = space.regions[1].entry();
+    entry.place = Some((layout::Slot::A, Generation(1)));
+    entry.free = REGION_BLOCKS - 2;
+    space.regions[1].set_entry(&entry).unwrap();
+    // The index knows how many are free.
+    assert!(space.load(1, Some(&low), None).is_err());
+    space.load(1, Some(&low), Some(&high)).unwrap();
+    let first = Pba(REGION_BLOCKS);
+    assert!(space.referenced(first.plus(500)).is_err());
+    assert_eq!(space.referenced(first.plus(501)).unwrap(), 65_536);
+    assert!(space.load(3, None, None).is_err());
+    assert!(space.count(Pba(4096)).is_err());
+}
+
+#[test]
+fn the_index_names_no_more_than_there_is() {
+    let mut space = SpaceMap::new(4096, layout::journal(4096));
+    let mut entry = space.regions[1].entry();
+    entry.place = Some((layout::Slot::B, Generation(3)));
+    entry.free = REGION_BLOCKS + 1;
+    assert!(space.load_entry(0, 1, &entry).is_err());
+    entry.free = 7;
+    let before = loaded(4096, layout::journal(4096)).available;
+    let mut space = SpaceMap::new(4096, layout::journal(4096));
+    space.load_entry(0, 1, &entry).unwrap();
+    assert_eq!(space.available, before - REGION_BLOCKS + 7);
+    space
+        .load_entry(0, 2, &super::IndexEntry::default())
+        .unwrap();
+    assert!(space.load_entry(0, 3, &entry).is_err());
+    assert!(space.load_entry(1, 1, &entry).is_err());
+    space.load_entry(1, 0, &entry).unwrap();
+    assert_eq!(space.index_places(1), [(0, layout::Slot::B, Generation(3))]);
+    assert!(
+        space
+            .load_entry(0, 3, &super::IndexEntry::default())
+            .is_ok()
+    );
+}
+
+#[test]
+fn index_pages_of_a_large_pool_stand_where_a_loader_looks_for_them() {
+    let blocks = (INDEX_ENTRIES + 3) * REGION_BLOCKS;
+    let mut pair = Pair::new(5, blocks);
+    let last = Pba(INDEX_ENTRIES * REGION_BLOCKS + 1500);
+    let taken = pair.space.reserve(last, 1).unwrap();
+    assert_eq!(taken.start, last);
+    pair.space.publish(last);
+    pair.at(last).count = 1;
+    pair.check_reloaded();
+    // Only the last region changed since: one page of each level, in the other slot.
+    pair.space.retain(last);
+    let frozen = pair.space.freeze(Generation(9));
+    let regions: Vec<_> = frozen.regions.iter().map(|region| region.region).collect();
+    let index: Vec<_> = frozen.index.iter().map(|page| (page.0, page.1)).collect();
+    assert_eq!(regions, [INDEX_ENTRIES]);
+    assert_eq!(index, [(1, 1), (2, 0), (3, 0)]);
+    assert_eq!(place(last), (INDEX_ENTRIES, 1500));
+}
+
+#[test]
+fn what_the_journal_maps_is_claimed_once() {
+    let mut pair = Pair::new(1, 4096);
+    let extent = Extent::new(Pba(2500), 10);
+    let before = pair.space.available;
+    pair.space.claim(extent).unwrap();
+    assert_eq!(pair.space.available, before - 10);
+    assert!(pair.space.claim(Extent::new(Pba(2509), 2)).is_err());
+    pair.space.publish(Pba(2500));
+    assert!(pair.space.claim(Extent::new(Pba(2500), 1)).is_err());
+    let aside = pair.space.reserve(Pba(2500), 1).unwrap();
+    assert!(aside.start.0 < 2500 || aside.start.0 >= 2510);
+}
+
+#[test]
+fn a_closed_region_gives_out_nothing() {
+    let mut space = loaded(4096, layout::journal(4096));
+    let before = space.available;
+    space.close_region(1);
+    assert_eq!(space.available, before - REGION_BLOCKS);
+    space.set_aside_last(space.available).unwrap();
+    let taken = space.metadata.iter().flat_map(|extent| extent.blocks());
+    assert!(taken.into_iter().all(|pba| pba.0 / REGION_BLOCKS != 1));
+}
+
+#[test]
+fn the_reserve_is_kept_from_data_and_not_from_metadata() {
+    let mut space = loaded(100_000, layout::journal(100_000));
+    assert_eq!(space.reserve_blocks(), 100_000 / 128);
+    space.keep_back(50);
+    assert_eq!(space.reserve_blocks(), 100_000 / 128 + 50);
+    while space.reserve(Pba(0), 5000).is_ok() {}
+    assert_eq!(space.available, space.reserve_blocks());
+    let left = space.available;
+    assert!(space.set_aside(left - 49).is_err());
+    space.set_aside(left - 50).unwrap();
+    assert!(space.require(left + 1).is_err());
+    space.set_aside_last(left).unwrap();
+}
