@@ -29,7 +29,7 @@ const GROUP_HEAD_END: u64 = SLOTS_AT + REGION_SLOTS + 2 * INDEX_LEVELS as u64;
 /// A last group with fewer blocks than this is left out of the pool.
 const GROUP_BLOCKS_MIN: u64 = 2 * GROUP_HEAD_END;
 const JOURNAL_BLOCKS_MIN: u64 = 128;
-const JOURNAL_BLOCKS_MAX: u64 = 8 * 1024;
+const JOURNAL_BLOCKS_MAX: u64 = 4 * 1024;
 
 const _: () =
     assert!(POOL_BLOCKS_MAX <= TOP_ENTRIES as u64 * GROUP_BLOCKS * INDEX_ENTRIES * INDEX_ENTRIES);
