@@ -11,6 +11,7 @@ use crate::protocol::{DeviceRow, NbdAddress, Reply, Request, Resized, Row, Selec
 use crate::state::Runtime;
 use blockfork::device::FileDevice;
 use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::limits::POOL_BLOCKS_MAX;
 use blockfork::name::{Name, VolumePath};
 use blockfork::nbd::Export;
 use blockfork::pool::Pool;
@@ -613,6 +614,13 @@ impl Host {
 
     fn growable(&self, bytes: u64) -> Result<()> {
         let now = self.pool.status().size_bytes;
+        // Before the file is extended, which some file systems do to any length.
+        if bytes / BLOCK_BYTES > POOL_BLOCKS_MAX {
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{}: a pool has at most 8 PiB", self.name),
+            ));
+        }
         if bytes > now {
             return Ok(());
         }

@@ -8,7 +8,7 @@
     reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std"
 )]
 
-use super::SystemCalls;
+use super::{SystemCalls, backing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
 use std::fs::{File, OpenOptions};
@@ -33,6 +33,8 @@ pub struct Access {
 #[derive(Debug)]
 pub struct PoolFile {
     file: File,
+    /// The locked file below a loop device.
+    _below: Option<File>,
     path: PathBuf,
     bytes: u64,
     is_direct: bool,
@@ -62,11 +64,14 @@ impl PoolFile {
             0
         };
         let mut waited_ms = 0;
-        let (file, is_direct) = loop {
+        let (file, below, is_direct) = loop {
             let attempt =
                 open_direct_or_buffered(path, access.write, claim).and_then(|(file, is_direct)| {
-                    lock(&file, access.write)?;
-                    Ok((file, is_direct))
+                    let below = is_block_device.then(|| backing::open(&metadata)).flatten();
+                    for file in below.iter().chain([&file]) {
+                        lock(file, access.write)?;
+                    }
+                    Ok((file, below, is_direct))
                 });
             match attempt {
                 Ok(opened) => break opened,
@@ -93,6 +98,7 @@ impl PoolFile {
             bytes: bytes.map_err(failed)?,
             sector_bytes: sector_bytes.map_err(failed)?,
             file,
+            _below: below,
             path: path.to_owned(),
             is_direct,
             is_block_device,

@@ -1,6 +1,7 @@
 //! The pool's storage below the engine: byte ranges read, written, flushed and discarded, asynchronously.
 //! This is the one seam that tests replace. Everything above it is deterministic.
 
+mod backing;
 pub mod buffer;
 pub mod file;
 pub mod whole;

@@ -8,7 +8,7 @@
 mod commit;
 mod gate;
 mod replay;
-mod ring;
+pub(crate) mod ring;
 
 pub(crate) use commit::{Committed, Tail};
 pub(crate) use gate::Gate;

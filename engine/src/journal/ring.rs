@@ -14,7 +14,8 @@ use crate::format::bytes::{Reader, Writer};
 use crate::units::{PoolId, Seq};
 use memmap2::MmapMut;
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -106,41 +107,25 @@ impl Ring {
 
     /// The records that a ring of `owner` holds at `path`, numbers ascending by one; none if it belongs to another.
     pub(crate) fn recover(path: &Path, owner: RingOwner) -> Result<Option<RingRecords>> {
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => {
-                return Err(Error::io(
-                    e,
-                    format!("{}: the shared ring cannot be read", path.display()),
-                ));
-            }
+        let failed = |e| {
+            Error::io(
+                e,
+                format!("{}: the shared ring cannot be read", path.display()),
+            )
         };
-        if bytes.len() != HEADER_BYTES + DATA_BYTES || bytes[..48] != header_of(owner)[..48] {
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(failed(e)),
+        };
+        // A file of another size is no ring, and is not read: it may be larger than memory.
+        let ring_bytes = HEADER_BYTES + DATA_BYTES;
+        if file.metadata().map_err(failed)?.len() != ring_bytes as u64 {
             return Ok(None);
         }
-        let mut at = Reader::new(&bytes[START_AT]).u64()?;
-        let data = &bytes[HEADER_BYTES..];
-        let mut records: RingRecords = Vec::new();
-        let mut taken = 0;
-        while taken + FRAME_BYTES < DATA_BYTES {
-            let frame = copy_out(data, at, FRAME_BYTES);
-            let mut reader = Reader::new(&frame);
-            let (crc, length, seq) = (reader.u32()?, reader.u32()?, Seq(reader.u64()?));
-            let length = usize::try_from(length).unwrap_or(usize::MAX);
-            if length == 0 || length > DATA_BYTES - taken - FRAME_BYTES {
-                break;
-            }
-            let record = copy_out(data, at + FRAME_BYTES as u64, length);
-            let is_next = records.last().is_none_or(|(last, _)| seq == last.next());
-            if crc != crc_of(seq, &record) || !is_next {
-                break;
-            }
-            records.push((seq, record));
-            taken += FRAME_BYTES + length;
-            at += (FRAME_BYTES + length) as u64;
-        }
-        Ok(Some(records))
+        let mut bytes = Vec::with_capacity(ring_bytes);
+        (file.take(ring_bytes as u64).read_to_end(&mut bytes)).map_err(failed)?;
+        records_in(&bytes, owner)
     }
 
     /// Appends a framed record. [`Ring::is_nearly_full`] made callers wait before it could overflow.
@@ -181,7 +166,69 @@ impl Ring {
     }
 }
 
-fn allocate(file: &std::fs::File, bytes: usize) -> std::io::Result<()> {
+/// The records in the bytes of a ring of `owner`; none if it belongs to another.
+pub(crate) fn records_in(bytes: &[u8], owner: RingOwner) -> Result<Option<RingRecords>> {
+    let Some((header, data)) = bytes.split_at_checked(HEADER_BYTES) else {
+        return Ok(None);
+    };
+    if data.is_empty() || header[..48] != header_of(owner)[..48] {
+        return Ok(None);
+    }
+    // Where it begins counts only modulo its length, whatever stands there.
+    let mut at = Reader::new(&header[START_AT]).u64()? % data.len() as u64;
+    let mut records: RingRecords = Vec::new();
+    let mut taken = 0;
+    while taken + FRAME_BYTES < data.len() {
+        let frame = copy_out(data, at, FRAME_BYTES);
+        let mut reader = Reader::new(&frame);
+        let (crc, length, seq) = (reader.u32()?, reader.u32()?, Seq(reader.u64()?));
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        if length == 0 || length > data.len() - taken - FRAME_BYTES {
+            break;
+        }
+        let record = copy_out(data, at + FRAME_BYTES as u64, length);
+        let is_next = (records.last()).is_none_or(|(last, _)| last.0.checked_add(1) == Some(seq.0));
+        if crc != crc_of(seq, &record) || !is_next {
+            break;
+        }
+        records.push((seq, record));
+        taken += FRAME_BYTES + length;
+        at += (FRAME_BYTES + length) as u64;
+    }
+    Ok(Some(records))
+}
+
+/// A ring of `owner` for a fuzzer: where it begins, then its data. `is_sealed`: with checksums that hold.
+#[cfg(feature = "fuzz")]
+pub(crate) fn of_bytes(owner: RingOwner, bytes: &[u8], is_sealed: bool) -> Vec<u8> {
+    let mut ring = vec![0; HEADER_BYTES];
+    ring[..64].copy_from_slice(&header_of(owner));
+    let (start, data) = bytes.split_at(bytes.len().min(8));
+    ring[START_AT.start..START_AT.start + start.len()].copy_from_slice(start);
+    let at = ring[START_AT].try_into().map_or(0, u64::from_le_bytes);
+    ring.extend_from_slice(data);
+    let data = &mut ring[HEADER_BYTES..];
+    if !is_sealed || data.is_empty() {
+        return ring;
+    }
+    let (mut at, mut taken) = (at % data.len() as u64, 0);
+    while taken + FRAME_BYTES < data.len() {
+        let frame = copy_out(data, at, FRAME_BYTES);
+        let mut reader = Reader::new(&frame[4..]);
+        let (length, seq) = (reader.u32().unwrap_or(0), reader.u64().unwrap_or(0));
+        let length = usize::try_from(length).unwrap_or(0);
+        if length == 0 || length > data.len() - taken - FRAME_BYTES {
+            break;
+        }
+        let record = copy_out(data, at + FRAME_BYTES as u64, length);
+        copy_in(data, at, &crc_of(Seq(seq), &record).to_le_bytes());
+        taken += FRAME_BYTES + length;
+        at += (FRAME_BYTES + length) as u64;
+    }
+    ring
+}
+
+fn allocate(file: &File, bytes: usize) -> std::io::Result<()> {
     use std::os::fd::AsRawFd;
     let bytes = bytes.try_into().unwrap_or(libc::off_t::MAX);
     // SAFETY: posix_fallocate takes integers; the descriptor is open.
@@ -191,20 +238,20 @@ fn allocate(file: &std::fs::File, bytes: usize) -> std::io::Result<()> {
     }
 }
 
-fn position(at: u64) -> usize {
-    usize::try_from(at % DATA_BYTES as u64).unwrap_or(0)
+fn position(data: &[u8], at: u64) -> usize {
+    usize::try_from(at % data.len() as u64).unwrap_or(0)
 }
 
 fn copy_in(data: &mut [u8], at: u64, bytes: &[u8]) {
-    let start = position(at);
-    let (now, wrapped) = bytes.split_at(bytes.len().min(DATA_BYTES - start));
+    let start = position(data, at);
+    let (now, wrapped) = bytes.split_at(bytes.len().min(data.len() - start));
     data[start..start + now.len()].copy_from_slice(now);
     data[..wrapped.len()].copy_from_slice(wrapped);
 }
 
 fn copy_out(data: &[u8], at: u64, count: usize) -> Vec<u8> {
-    let start = position(at);
-    let now = count.min(DATA_BYTES - start);
+    let start = position(data, at);
+    let now = count.min(data.len() - start);
     let mut bytes = data[start..start + now].to_vec();
     bytes.extend_from_slice(&data[..count - now]);
     bytes
@@ -243,5 +290,35 @@ mod tests {
         assert!(Ring::recover(&path, owner(2)).unwrap().is_none());
         std::fs::remove_file(&path).unwrap();
         assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_ring_that_begins_beyond_every_address_is_read_like_any_other() {
+        let mut bytes = vec![0; HEADER_BYTES + 256];
+        bytes[..64].copy_from_slice(&header_of(owner(1)));
+        bytes[START_AT].fill(0xff);
+        assert_eq!(records_in(&bytes, owner(1)).unwrap(), Some(Vec::new()));
+        let record = [7; 20];
+        let last = u64::MAX;
+        let mut frame = Vec::new();
+        frame.extend(crc_of(Seq(last), &record).to_le_bytes());
+        frame.extend(20_u32.to_le_bytes());
+        frame.extend(last.to_le_bytes());
+        frame.extend(record);
+        let at = u64::MAX % 256;
+        for frame_at in [at, at + frame.len() as u64] {
+            copy_in(&mut bytes[HEADER_BYTES..], frame_at, &frame);
+        }
+        let found = records_in(&bytes, owner(1)).unwrap().unwrap();
+        assert_eq!(found, [(Seq(last), record.to_vec())]);
+        assert_eq!(records_in(&bytes[..100], owner(1)).unwrap(), None);
+    }
+
+    #[test]
+    fn a_file_larger_than_any_ring_is_not_read() {
+        let path = std::env::temp_dir().join(format!("blockfork-ring-big-{}", std::process::id()));
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+        std::fs::remove_file(&path).unwrap();
     }
 }
