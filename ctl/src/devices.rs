@@ -24,7 +24,7 @@ const LINKS: &str = "/dev/blockfork";
 /// What the file holds.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Saved {
+pub(crate) struct Saved {
     /// The pool's identity.
     pool: String,
     /// The boot that the device numbers belong to.

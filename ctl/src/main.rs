@@ -1,77 +1,7 @@
-//! ublkctl: the command line of blockfork.
+//! The program `ublkctl`; all of it is in the library beside it.
 
-mod cli;
-mod client;
-mod commands;
-mod daemon;
-mod devices;
-mod endpoint;
-mod exit_code;
-mod exports;
-mod host;
-mod output;
-mod progress;
-mod protocol;
-mod reference;
-mod signature;
-mod size;
-mod state;
-
-use clap::Parser;
-use clap::error::ErrorKind as UsageKind;
-use std::error::Error as _;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(e) => return usage(&e),
-    };
-    match commands::run(cli.command) {
-        Ok(code) => exit_code::code(code),
-        Err(e) => {
-            output::say(&exit_code::one_line(&e));
-            exit_code::code(e.kind().exit_code())
-        }
-    }
-}
-
-/// Help goes out as it is; a mistake is one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    let is_help = matches!(
-        error.kind(),
-        UsageKind::DisplayHelp
-            | UsageKind::DisplayVersion
-            | UsageKind::DisplayHelpOnMissingArgumentOrSubcommand
-    );
-    if !is_help {
-        output::say(&mistake(error));
-    } else if let Err(e) = error.print() {
-        tracing::debug!("nobody reads the help: {e}");
-    }
-    let is_mistake = error.use_stderr();
-    exit_code::code(if is_mistake {
-        exit_code::USAGE
-    } else {
-        exit_code::OK
-    })
-}
-
-/// What is wrong with the command line, in one line.
-fn mistake(error: &clap::Error) -> String {
-    // Names and sizes know best what is wrong with them.
-    if let Some(source) = error.source() {
-        return source.to_string();
-    }
-    let text = error.to_string();
-    let said: Vec<&str> = text
-        .lines()
-        .take_while(|line| !line.trim().is_empty())
-        .map(str::trim)
-        .collect();
-    let said = said.join(" ");
-    format!(
-        "{}; see `ublkctl --help`",
-        said.strip_prefix("error: ").unwrap_or(&said)
-    )
+    ublkctl::main()
 }

@@ -59,7 +59,7 @@ pub(crate) fn parse(text: &str) -> Result<u64> {
     Ok(bytes)
 }
 
-/// `bytes` for people: at most two decimals, in a form that [`parse`] reads.
+/// `bytes` for people: rounded to two decimals, so that [`parse`] may refuse it.
 pub(crate) fn human(bytes: u64) -> String {
     let mut power = 0;
     while power + 1 < UNITS.len() && bytes >> (10 * (power + 1)) > 0 {
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn what_people_read_can_be_typed() {
+    fn what_people_read_has_two_decimals_at_most() {
         for (bytes, text) in [
             (0, "0B"),
             (512, "512B"),

@@ -1,7 +1,8 @@
 //! blockfork: a pool of copy-on-write volumes, forked as `fork(2)` forks a page table.
 //!
 //! Imports point down one list of rooms: `units`, `limits`, `error`, `name`, `clock`, `sync`, `format`, `device`,
-//! `space`, `map`, `metadata`, `journal`, `checkpoint`, `datapath`, `pool`, and the frontends `nbd` and `ublk` on top.
+//! `space`, `map`, `metadata`, `journal`, `checkpoint`, `datapath`, `pool`, the frontends `nbd` and `ublk` on top, and
+//! `fuzz`, which only tests have.
 
 mod checkpoint;
 pub mod clock;
@@ -9,6 +10,8 @@ mod datapath;
 pub mod device;
 pub mod error;
 mod format;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod journal;
 pub mod limits;
 mod map;

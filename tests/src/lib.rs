@@ -4,6 +4,7 @@ pub mod crash;
 pub mod damage;
 pub mod faults;
 pub mod fixture;
+pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod model;

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod daemon;
+mod hostile;
 mod kit;
 mod nbd;
 mod offline;

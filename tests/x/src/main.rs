@@ -3,7 +3,9 @@
 mod bench;
 mod command;
 mod demo;
+mod fuzz;
 mod guest;
+mod hostile;
 mod kill_nbd;
 mod miri;
 mod paths;
@@ -69,6 +71,10 @@ enum Verb {
     Sched(sched::Options),
     /// The engine's unit tests under Miri, which finds undefined behaviour
     Miri,
+    /// R5: every decoder, a whole pool and operations on it, under libFuzzer with the address sanitizer
+    Fuzz(fuzz::Options),
+    /// R13: hostile arguments, socket bytes, images and users against the real program
+    Hostile(hostile::Options),
     /// The rules of this repository that no compiler knows
     Tidy {
         /// Note that docs/format.md describes the format as it is now
@@ -141,6 +147,8 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::SeededBugs(options) => return seeded_bugs::run(&options),
         Verb::Sched(options) => return sched::run(&options),
         Verb::Miri => return miri::run(),
+        Verb::Hostile(options) => return hostile::run(&options),
+        Verb::Fuzz(options) => return fuzz::run(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,
         Verb::Guest {
             kernel,

@@ -56,7 +56,7 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 }
 
 /// In the order of the table.
-const ROWS: [Row; 14] = [
+const ROWS: [Row; 16] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
     row("seeded-bugs", Program::Verb, false),
@@ -67,10 +67,12 @@ const ROWS: [Row; 14] = [
     row("kill-nbd", Program::Verb, false),
     row("power-cut", Program::Verb, false),
     row("faults", Program::Prove, true),
+    row("fuzz", Program::Verb, false),
     row("model", Program::Prove, true),
     row("open", Program::Prove, false),
     row("churn", Program::Verb, false),
     row("sched", Program::Verb, false),
+    row("hostile", Program::Verb, false),
 ];
 
 const BEGIN: &str = "<!-- scorecard: begin -->\n";

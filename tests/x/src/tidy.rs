@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// The engine's rooms, the lowest first: a room imports itself and what stands before it.
-const ROOMS: [&str; 17] = [
+const ROOMS: [&str; 18] = [
     "units",
     "limits",
     "error",
@@ -26,6 +26,7 @@ const ROOMS: [&str; 17] = [
     "pool",
     "nbd",
     "ublk",
+    "fuzz",
 ];
 
 const FORMAT_PAGE: &str = "docs/format.md";
