@@ -7,6 +7,8 @@
 mod catalog;
 mod load;
 mod superblock;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub(crate) use load::{Losses, load, load_readable};

@@ -4,6 +4,8 @@
 mod backing;
 pub mod buffer;
 pub mod file;
+#[cfg(test)]
+pub(crate) mod memory;
 pub mod whole;
 
 pub use buffer::BlockBuf;

@@ -59,7 +59,7 @@ impl Commit {
     }
 
     /// Whether so many pending bytes surely fit. A block holds more than 3,500 of them, whatever its records' sizes.
-    fn fits(&self, bytes: usize) -> bool {
+    pub(super) fn fits(&self, bytes: usize) -> bool {
         (bytes as u64 / 3500) < self.free_blocks()
     }
 }

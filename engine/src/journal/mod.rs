@@ -9,6 +9,8 @@ mod commit;
 mod gate;
 mod replay;
 pub(crate) mod ring;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub(crate) use commit::{Committed, Tail};
 pub(crate) use gate::Gate;

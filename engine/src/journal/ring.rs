@@ -269,9 +269,21 @@ mod tests {
         }
     }
 
+    /// A path that no other test has.
+    fn path(name: &str) -> std::path::PathBuf {
+        let process = std::process::id();
+        std::env::temp_dir().join(format!("blockfork-ring-{name}-{process}"))
+    }
+
+    fn seqs(path: &Path) -> Vec<u64> {
+        let found = Ring::recover(path, owner(1)).unwrap().unwrap();
+        found.iter().map(|(seq, _)| seq.0).collect()
+    }
+
     #[test]
+    #[cfg_attr(miri, ignore = "needs a mapped file")]
     fn records_survive_their_writer_and_trimmed_ones_do_not() {
-        let path = std::env::temp_dir().join(format!("blockfork-ring-{}", std::process::id()));
+        let path = path("survive");
         let mut ring = Ring::create(&path, owner(1)).unwrap();
         // Several times around, with lengths that do not divide the ring.
         let record = [7; 1001];
@@ -284,12 +296,93 @@ mod tests {
         ring.trim(Seq(99_990));
         drop(ring);
         let found = Ring::recover(&path, owner(1)).unwrap().unwrap();
-        let seqs: Vec<u64> = found.iter().map(|(seq, _)| seq.0).collect();
-        assert_eq!(seqs, (99_990..100_000).collect::<Vec<_>>());
+        assert_eq!(seqs(&path), (99_990..100_000).collect::<Vec<_>>());
         assert!(found.iter().all(|(_, bytes)| bytes == &record));
         assert!(Ring::recover(&path, owner(2)).unwrap().is_none());
         std::fs::remove_file(&path).unwrap();
         assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a mapped file")]
+    fn a_ring_of_another_pool_boot_or_size_is_nobodys() {
+        let path = path("others");
+        let mut ring = Ring::create(&path, owner(1)).unwrap();
+        ring.append(Seq(1), b"record");
+        let mut others = [owner(1), owner(1), owner(7)];
+        others[0].pool = PoolId([9; 16]);
+        others[1].boot_id[15] = 0;
+        for other in others {
+            assert!(Ring::recover(&path, other).unwrap().is_none());
+        }
+        assert_eq!(seqs(&path), [1]);
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len((HEADER_BYTES + DATA_BYTES) as u64 - 1)
+            .unwrap();
+        assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+        // A new ring takes the old one's place, and nothing is left beside it.
+        drop(Ring::create(&path, owner(1)).unwrap());
+        assert!(seqs(&path).is_empty());
+        assert!(!path.with_extension("ring.new").exists());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(Ring::create(&path, owner(1)).is_err());
+        assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+        std::fs::remove_file(path.with_extension("ring.new")).unwrap();
+        std::fs::remove_dir(&path).unwrap();
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a mapped file")]
+    fn a_ring_is_read_up_to_the_first_record_that_is_not_the_next() {
+        let path = path("next");
+        let mut ring = Ring::create(&path, owner(1)).unwrap();
+        for seq in [5, 6, 7, 9] {
+            ring.append(Seq(seq), &[3; 100]);
+        }
+        assert_eq!(seqs(&path), [5, 6, 7]);
+        // In the bytes of record 6, in its number, in its length.
+        for at in [116 + 50, 116 + 8, 116 + 4] {
+            ring.map[HEADER_BYTES + at] ^= 1;
+            assert_eq!(seqs(&path), [5]);
+            ring.map[HEADER_BYTES + at] ^= 1;
+        }
+        ring.trim(Seq(6));
+        assert_eq!(seqs(&path), [6, 7]);
+        ring.trim(Seq(6));
+        assert_eq!(seqs(&path), [6, 7]);
+        ring.trim(Seq(100));
+        assert!(seqs(&path).is_empty());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a mapped file")]
+    fn a_ring_can_be_filled_to_its_last_byte() {
+        let path = path("full");
+        let mut ring = Ring::create(&path, owner(1)).unwrap();
+        let record = vec![5; (64 << 10) - FRAME_BYTES];
+        // Begin in the middle, so that it goes around its end.
+        for seq in 1..101 {
+            ring.append(Seq(seq), &record);
+        }
+        ring.trim(Seq(101));
+        for seq in 101..229 {
+            assert!(!ring.is_nearly_full());
+            ring.append(Seq(seq), &record);
+        }
+        assert!(!ring.is_nearly_full(), "half is full");
+        ring.append(Seq(229), &record);
+        assert!(ring.is_nearly_full());
+        for seq in 230..357 {
+            ring.append(Seq(seq), &record);
+        }
+        assert_eq!(seqs(&path), (101..357).collect::<Vec<_>>());
+        let overflown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            ring.append(Seq(357), b"one more");
+        }));
+        assert!(overflown.is_err(), "the oldest record is overwritten");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]
@@ -315,6 +408,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs a sparse file")]
     fn a_file_larger_than_any_ring_is_not_read() {
         let path = std::env::temp_dir().join(format!("blockfork-ring-big-{}", std::process::id()));
         File::create(&path).unwrap().set_len(1 << 40).unwrap();

@@ -5,7 +5,7 @@ use crate::format::catalog::Root;
 use crate::format::layout;
 use crate::format::map_page::{LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
 use crate::format::page::PagePtr;
-use crate::space::SpaceMap;
+use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Extent, Generation, Lba, Pba, Seq};
 use fastrand::Rng;
 use std::collections::{BTreeMap, BTreeSet};
@@ -511,4 +511,48 @@ fn a_map_deeper_than_maps_can_be_is_refused_everywhere() {
     assert_eq!(step.unwrap(), UnmapStep::Skip { to: beyond.plus(9) });
     assert_eq!(leaf_index(beyond), 0);
     assert_eq!(super::child_index(1, Lba(LEVEL_1 - 1)), 255);
+}
+
+#[test]
+fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
+    let journal = layout::journal(POOL);
+    let mut space = SpaceMap::new(POOL, journal);
+    for region in [0, 1, 2] {
+        space.load(region, None, None).unwrap();
+    }
+    let mut store = MapStore::new(Generation(1));
+    let mut root = Root {
+        ptr: None,
+        level: 0,
+    };
+    space.set_aside(5).unwrap();
+    let far = Pba(5 * layout::REGION_BLOCKS + 7);
+    // As read from disk: a leaf that names a block of a region whose counts are not in memory.
+    let mut entries = Box::new([Pba(0); LEAF_ENTRIES]);
+    entries[20] = far;
+    let page = super::MapPage {
+        level: 0,
+        mapped: 1,
+        node: std::sync::Arc::new(Node::Leaf(entries)),
+    };
+    root.ptr = Some(store.insert_new(page, &mut space));
+    let missing = |result: Result<(), Fault>| {
+        let is_far = matches!(result, Err(Fault::Missing(Missing::Counts(5))));
+        assert!(is_far, "{result:?}");
+    };
+    missing(store.prepare_remap(root, Lba(20), 1, &mut space));
+    missing(store.prepare_remap(root, Lba(19), 2, &mut space));
+    let unmap = store.prepare_unmap(root, Lba(20), Lba(21), &mut space);
+    missing(unmap.map(drop));
+    // What is beside it is none of the change's business.
+    store.prepare_remap(root, Lba(21), 4, &mut space).unwrap();
+    store.prepare_remap(root, Lba(18), 2, &mut space).unwrap();
+    // A shared leaf is copied, and the copy owns all of it.
+    space.retain(root.ptr.unwrap().pba);
+    missing(store.prepare_remap(root, Lba(21), 4, &mut space));
+    space.load(5, None, None).unwrap();
+    assert!(
+        store.prepare_remap(root, Lba(20), 1, &mut space).is_err(),
+        "a leaf names a block that is counted as free"
+    );
 }

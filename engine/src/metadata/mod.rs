@@ -3,6 +3,8 @@
 //! go the same way.
 
 mod catalog;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use catalog::Catalog;
 

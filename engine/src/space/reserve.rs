@@ -87,7 +87,7 @@ impl SpaceMap {
         self.available += extent.count;
     }
 
-    fn take_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
+    pub(super) fn take_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
         let start = self.find_run(goal, want)?;
         for pba in start.blocks() {
             let (region, offset) = place(pba);

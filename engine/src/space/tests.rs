@@ -516,3 +516,57 @@ fn the_reserve_is_kept_from_data_and_not_from_metadata() {
     assert!(space.require(left + 1).is_err());
     space.set_aside_last(left).unwrap();
 }
+
+/// Nothing is free but these.
+fn full_but(free: &[u64]) -> SpaceMap {
+    let mut space = loaded(8192, layout::journal(8192));
+    space.set_aside_last(space.available).unwrap();
+    space.metadata.clear();
+    for pba in free {
+        space.set_free(Extent::new(Pba(*pba), 1));
+    }
+    space
+}
+
+#[test]
+fn the_last_free_block_of_a_region_is_found() {
+    let mut space = full_but(&[5000]);
+    space.set_aside_last(1).unwrap();
+    assert_eq!(space.metadata, [Extent::new(Pba(5000), 1)]);
+    assert_eq!(space.available, 0);
+}
+
+#[test]
+fn a_region_with_just_the_room_is_taken_before_the_next() {
+    // Three blocks in region 2, four in region 3: both have room for three in a row.
+    let mut space = full_but(&[4000, 4001, 4002, 6000, 6001, 6002, 6003]);
+    space.cursor = 2;
+    assert_eq!(
+        space.take_run(Pba(0), 3).unwrap(),
+        Extent::new(Pba(4000), 3)
+    );
+    // The next search begins behind the region that gave.
+    assert_eq!(space.cursor, 3);
+    assert_eq!(
+        space.take_run(Pba(0), 2).unwrap(),
+        Extent::new(Pba(6000), 2)
+    );
+    assert_eq!(
+        space.take_run(Pba(6002), 9).unwrap(),
+        Extent::new(Pba(6002), 2)
+    );
+}
+
+#[test]
+fn a_writer_without_a_goal_asks_for_no_region_but_the_next() {
+    let mut space = SpaceMap::new(8192, layout::journal(8192));
+    space.load(2, None, None).unwrap();
+    space.cursor = 2;
+    let extent = space.reserve(Pba(0), 4).unwrap();
+    assert_eq!(extent.start.0 / REGION_BLOCKS, 2);
+    // A goal is another matter.
+    assert!(matches!(
+        space.reserve(Pba(REGION_BLOCKS + 5), 4),
+        Err(Fault::Missing(super::Missing::Counts(1)))
+    ));
+}
