@@ -8,7 +8,6 @@ pub mod fuzz;
 pub mod guest;
 pub mod image;
 pub mod model;
-pub mod nbd;
 pub mod nbd_kill;
 pub mod oracle;
 pub mod parallel;
@@ -18,3 +17,5 @@ pub mod script;
 pub mod sim_device;
 pub mod tape;
 pub mod witness;
+
+pub use nbd_client as nbd;

@@ -201,13 +201,7 @@ pub(crate) fn run(case: Case<'_>) -> Result<(), String> {
     let before = machine.sight();
     let said = machine.run(&words);
     let shown = || format!("{:.400}", format!("{words:?}"));
-    let is_check = words.iter().any(|word| word == "check");
-    let codes: &[i32] = if is_check {
-        &[0, 1, 2, 3, 4, 5]
-    } else {
-        &[0, 1, 2, 3, 4]
-    };
-    said.is_documented(codes)
+    said.is_documented(codes(&words))
         .map_err(|fact| format!("{}: {fact}", shown()))?;
     let is_same = machine.sight() == before;
     if !is_same {
@@ -222,8 +216,17 @@ pub(crate) fn run(case: Case<'_>) -> Result<(), String> {
     Ok(())
 }
 
+/// What the command may end with.
+pub(crate) fn codes(words: &[OsString]) -> &'static [i32] {
+    if words.iter().any(|word| word == "check") {
+        &[0, 1, 2, 3, 4, 5]
+    } else {
+        &[0, 1, 2, 3, 4]
+    }
+}
+
 /// What hostile paths lead to.
-fn furnish(machine: &mut super::Machine) {
+pub(crate) fn furnish(machine: &super::Machine) {
     let at = |name: &str| machine.path("work").join(name);
     if at("text").exists() {
         return;
@@ -241,7 +244,7 @@ fn furnish(machine: &mut super::Machine) {
     drop(std::os::unix::net::UnixListener::bind(at("socket")).unwrap());
 }
 
-fn words(rng: &mut fastrand::Rng) -> Vec<OsString> {
+pub(crate) fn words(rng: &mut fastrand::Rng) -> Vec<OsString> {
     let template = rng.choice(COMMANDS).copied().unwrap();
     let mut words: Vec<OsString> = Vec::new();
     // How many places are odd: one in three commands is right but for its flags.

@@ -2,7 +2,7 @@
 
 use super::Case;
 use super::machine::{POOL_BYTES, SUPERBLOCKS, seal};
-use std::fs::{self, File};
+use std::fs::File;
 
 const BLOCK: usize = 4096;
 /// The places at which a pool is cut off: every block but its end.
@@ -64,7 +64,7 @@ pub(crate) fn changed(case: Case<'_>) -> Result<(), String> {
             block[at..at + value.len()].copy_from_slice(value);
             seal(block);
         }
-        fs::write(machine.pool_path(), &image).unwrap();
+        machine.put(&image);
     };
     match number {
         // Another version.
@@ -109,7 +109,7 @@ pub(crate) fn changed(case: Case<'_>) -> Result<(), String> {
                     seal(block);
                 }
             }
-            fs::write(machine.pool_path(), &image).unwrap();
+            machine.put(&image);
         }
     }
     for words in [command, COMMANDS[rng.usize(0..COMMANDS.len())], COMMANDS[2]] {

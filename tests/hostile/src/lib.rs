@@ -1,20 +1,30 @@
 //! Hostile arguments, socket bytes, images and users against the real `ublkctl`, without ublk: cases by seed, each
 //! ending with a documented exit code, one clear line, and a pool that a refusal did not change.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a run of real processes is measured by a real clock"
+)]
+
 mod arguments;
 mod images;
+mod load;
 mod machine;
 mod neighbours;
+mod served;
 mod socket;
 
+use load::Met;
 use machine::Machine;
 use std::fs;
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// How much is run.
 #[derive(Clone, Debug)]
@@ -32,10 +42,16 @@ pub struct Plan {
 pub struct Outcome {
     /// Cases of each kind.
     pub cases: Vec<(&'static str, u64)>,
+    /// How long each kind took.
+    pub times: Vec<(&'static str, Duration)>,
     /// What failed, each with its kind and number: `arguments:17: ...`.
     pub failures: Vec<String>,
     /// The longest that a client of a daemon waited for an answer while others were hostile, in milliseconds.
     pub waited_ms_max: u64,
+    /// What a client over NBD did meanwhile: operations that were right, and those that were not.
+    pub io_operations: u64,
+    /// Those that failed, or read what was not written.
+    pub io_errors: u64,
     /// Cases that this machine could not run, and why.
     pub skipped: Vec<String>,
 }
@@ -51,10 +67,26 @@ type Run = fn(Case<'_>) -> Result<(), String>;
 
 /// A kind of cases that are independent of each other: its name, how many there are and are in a sample.
 const KINDS: [(&str, u64, u64, Run); 3] = [
-    ("arguments", 6000, 250, arguments::run),
+    ("arguments", 5000, 250, arguments::run),
     ("truncation", images::BOUNDARIES, 64, images::truncated),
     ("image", 1200, 60, images::changed),
 ];
+
+impl Plan {
+    /// The cases of a kind that run one behind another: the first of them make the sample.
+    fn numbers(&self, all: u64, sample: u64) -> Range<u64> {
+        match (&self.only, self.quick) {
+            (Some((_, number)), _) => *number..number + 1,
+            (None, true) => 0..sample,
+            (None, false) => 0..all,
+        }
+    }
+}
+
+/// The choices of a case.
+fn seeded(plan: &Plan, number: u64) -> fastrand::Rng {
+    fastrand::Rng::with_seed(plan.seed.wrapping_mul(1 << 32) + number)
+}
 
 impl Outcome {
     /// All cases.
@@ -62,8 +94,9 @@ impl Outcome {
         self.cases.iter().map(|(_, count)| count).sum()
     }
 
-    fn note(&mut self, kind: &'static str, ended: (u64, Vec<String>)) {
+    fn note(&mut self, kind: &'static str, began: Instant, ended: (u64, Vec<String>)) {
         self.cases.push((kind, ended.0));
+        self.times.push((kind, began.elapsed()));
         self.failures.extend(ended.1);
     }
 }
@@ -81,18 +114,30 @@ pub fn run(program: &Path, plan: &Plan) -> Outcome {
     let is_wanted = |kind: &str| plan.only.as_ref().is_none_or(|(only, _)| only == kind);
     for (kind, all, sample, case) in KINDS {
         if is_wanted(kind) {
-            outcome.note(kind, each(program, plan, kind, (all, sample), case));
+            let began = Instant::now();
+            let ended = each(program, plan, kind, (all, sample), case);
+            outcome.note(kind, began, ended);
         }
     }
-    if is_wanted("socket") {
-        let (waited, ended) = socket::run(program, plan);
-        outcome.waited_ms_max = waited;
-        outcome.note("socket", ended);
+    let mut met = Met::default();
+    for (kind, run) in [
+        ("served", served::run as fn(&Path, &Plan) -> _),
+        ("socket", socket::run),
+    ] {
+        if is_wanted(kind) {
+            let began = Instant::now();
+            let (here, ended) = run(program, plan);
+            met.add(here);
+            outcome.note(kind, began, ended);
+        }
     }
+    outcome.waited_ms_max = u64::try_from(met.waited.as_millis()).unwrap_or(u64::MAX);
+    (outcome.io_operations, outcome.io_errors) = (met.operations, met.errors);
     if is_wanted("neighbours") {
+        let began = Instant::now();
         let (skipped, ended) = neighbours::run(program, plan.quick);
         outcome.skipped = skipped;
-        outcome.note("neighbours", ended);
+        outcome.note("neighbours", began, ended);
     }
     outcome
 }
@@ -121,7 +166,7 @@ fn each(
                 break;
             };
             let case = Case {
-                rng: fastrand::Rng::with_seed(plan.seed.wrapping_mul(1 << 32) + number),
+                rng: seeded(plan, number),
                 machine: &mut machine,
                 number,
             };

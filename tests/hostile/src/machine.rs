@@ -1,13 +1,8 @@
 //! A machine of its own for a series of cases: a state folder, a pool that goes back to what it was, and the program.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the wait of a real process is measured by a real clock"
-)]
-
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -115,6 +110,16 @@ impl Machine {
         image
     }
 
+    /// Makes the pool, as it was made, into this image, which differs from [`Machine::image`] in used blocks only.
+    pub(crate) fn put(&self, image: &[u8]) {
+        let file = File::options().write(true).open(self.pool_path()).unwrap();
+        for number in self.used() {
+            let at = usize::try_from(number).unwrap() * BLOCK;
+            let block = &image[at..at + BLOCK];
+            file.write_all_at(block, number * BLOCK as u64).unwrap();
+        }
+    }
+
     /// The numbers of the blocks with content.
     pub(crate) fn used(&self) -> Vec<u64> {
         self.blocks.iter().map(|(number, _)| *number).collect()
@@ -211,11 +216,11 @@ impl Machine {
     }
 
     /// Starts `serve p0` and waits until it answers.
-    pub(crate) fn serve(&self) -> Daemon {
+    pub(crate) fn serve(&self) -> Server {
         let log = File::create(self.path("serve.log")).unwrap();
         let mut command = self.command(&["serve", "p0"]);
         let child = command.stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let daemon = Daemon(child);
+        let daemon = Server(child);
         for _ in 0..3000 {
             if std::os::unix::net::UnixStream::connect(self.socket()).is_ok() {
                 return daemon;
@@ -224,6 +229,31 @@ impl Machine {
         }
         let log = fs::read_to_string(self.path("serve.log")).unwrap();
         panic!("no daemon: {log}");
+    }
+
+    /// Starts `serve-nbd` of a volume: the process, and the socket that it serves on.
+    pub(crate) fn serve_nbd(&self, target: &str) -> (Server, PathBuf) {
+        let log = File::create(self.path("serve-nbd.log")).unwrap();
+        let mut command = self.command(&["serve-nbd", target]);
+        let child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut server = Server(child);
+        let mut uri = String::new();
+        let stdout = server.0.stdout.as_mut().unwrap();
+        BufReader::new(stdout).read_line(&mut uri).unwrap();
+        let Some((_, socket)) = uri.trim_end().split_once("?socket=") else {
+            let log = fs::read_to_string(self.path("serve-nbd.log")).unwrap();
+            panic!("{target} is not served: {log}");
+        };
+        (server, socket.into())
+    }
+
+    /// What is left when nobody serves any more: a pool without damage, and no process.
+    pub(crate) fn is_sound(&self) -> Result<(), String> {
+        let said = self.run(&["pool", "check", "p0"]);
+        if said.code != Some(0) {
+            return Err(format!("the pool is not clean afterwards: {said:?}"));
+        }
+        self.nothing_left_behind()
     }
 
     /// No process of this machine still runs.
@@ -239,10 +269,10 @@ impl Machine {
     }
 }
 
-/// A daemon that dies with its machine.
-pub(crate) struct Daemon(Child);
+/// A process that serves, and dies with this value.
+pub(crate) struct Server(Child);
 
-impl Daemon {
+impl Server {
     pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
@@ -253,7 +283,7 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for Server {
     fn drop(&mut self) {
         self.0.kill().ok();
         self.0.wait().ok();

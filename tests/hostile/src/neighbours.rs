@@ -6,6 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 const AS_NOBODY: [&[&str]; 9] = [
     &["pool", "status", "p0"],
@@ -33,20 +34,29 @@ pub(crate) fn run(program: &Path, quick: bool) -> (Vec<String>, (u64, Vec<String
         let daemon = machine.serve();
         let mut names = names_of(&machine, &mut skipped);
         if quick {
-            // Each waits a while for the lock. The last one is the loop device, where there is one.
+            // The last one is the loop device, where there is one.
             names.drain(..names.len() - 1);
         }
-        for (name, path, _loop) in names {
-            for words in [
-                &["pool", "import", &path][..],
-                &["pool", "check", &path],
-                &["pool", "create", "p1", &path],
-                &["pool", "create", "p1", &path, "--force"],
-            ] {
-                let ended = guarded(|| elsewhere(&machine, words));
-                note(format!("open twice by {name}: {}", words.join(" ")), ended);
+        // At once, as each waits some seconds for the lock.
+        thread::scope(|scope| {
+            let mut tries = Vec::new();
+            for (name, path, _loop) in &names {
+                for words in [
+                    vec!["pool", "import", path],
+                    vec!["pool", "check", path],
+                    vec!["pool", "create", "p1", path],
+                    vec!["pool", "create", "p1", path, "--force"],
+                ] {
+                    let what = format!("open twice by {name}: {}", words.join(" "));
+                    let (machine, own) = (&machine, format!("work/{}", tries.len()));
+                    let ended = scope.spawn(move || guarded(|| elsewhere(machine, &own, &words)));
+                    tries.push((what, ended));
+                }
             }
-        }
+            for (what, ended) in tries {
+                note(what, ended.join().unwrap());
+            }
+        });
         note(
             "the pool is served all the while".into(),
             guarded(|| served(&machine)),
@@ -119,17 +129,17 @@ fn names_of(
 }
 
 /// A second machine, as it were: it knows nothing of the pool, and must find out all the same.
-fn elsewhere(machine: &Machine, words: &[&str]) -> Result<(), String> {
-    fs::remove_dir_all(machine.path("work/state")).ok();
+fn elsewhere(machine: &Machine, own: &str, words: &[&str]) -> Result<(), String> {
+    let own = machine.path(own);
+    fs::create_dir(&own).unwrap();
     let mut command = machine.command(words);
-    command.env("UBLKCTL_STATE_DIR", machine.path("work/state"));
-    command.env("UBLKCTL_RUNTIME_DIR", machine.path("work/run"));
+    command.env("UBLKCTL_STATE_DIR", own.join("state"));
+    command.env("UBLKCTL_RUNTIME_DIR", own.join("run"));
     let said = super::machine::run(&mut command);
     said.is_documented(&[1])?;
     // Its name is still free: whoever was refused leaves no entry.
-    if machine.path("work/state/pools/p1.json").exists()
-        || machine.path("work/state/pools/p0.json").exists()
-    {
+    let entered = |name: &str| own.join("state/pools").join(name).exists();
+    if entered("p0.json") || entered("p1.json") {
         return Err(format!("refused, and entered all the same: {said:?}"));
     }
     Ok(())

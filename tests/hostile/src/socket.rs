@@ -1,18 +1,14 @@
 //! A daemon's control socket under hostile bytes, while another client works and measures how long it waits.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the wait of a real process is measured by a real clock"
-)]
-
-use super::machine::{Daemon, Machine};
-use super::{Plan, guarded};
+use super::load::{Load, Met};
+use super::machine::{Machine, Server};
+use super::{Plan, guarded, seeded};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,27 +68,24 @@ const VALUES: &[&str] = &[
     "[[[[]]]]",
 ];
 
-/// The longest wait in milliseconds; how many cases ran, and which failed.
-pub(crate) fn run(program: &Path, plan: &Plan) -> (u64, (u64, Vec<String>)) {
+/// What the clients that behave met; how many cases ran, and which failed.
+pub(crate) fn run(program: &Path, plan: &Plan) -> (Met, (u64, Vec<String>)) {
     let machine = Machine::new(program);
     let mut daemon = machine.serve();
-    let numbers = match (&plan.only, plan.quick) {
-        (Some((_, number)), _) => *number..number + 1,
-        (None, true) => 0..SAMPLE,
-        (None, false) => 0..CASES,
-    };
+    let load = Load::new(&machine, plan.seed);
+    let numbers = plan.numbers(CASES, SAMPLE);
     let count = numbers.end - numbers.start;
     let mut failures = Vec::new();
-    let (is_over, waited) = (AtomicBool::new(false), AtomicU64::new(0));
-    thread::scope(|scope| {
-        let worker = scope.spawn(|| work(&machine, &is_over, &waited));
+    let is_over = AtomicBool::new(false);
+    let met = thread::scope(|scope| {
+        let worker = scope.spawn(|| work(&machine, &is_over));
+        let load = scope.spawn(|| load.run(&is_over));
         let mut stalled = Vec::new();
         for number in numbers {
             if stalled.len() < STALLED && number % 8 == 0 {
                 stalled.extend(stall(&machine.socket(), number));
             }
-            let rng = fastrand::Rng::with_seed(plan.seed.wrapping_mul(1 << 32) + number);
-            let mut ended = guarded(|| one(&machine.socket(), number, rng));
+            let mut ended = guarded(|| one(&machine.socket(), number, seeded(plan, number)));
             if !daemon.is_alive() {
                 let log = fs::read_to_string(machine.path("serve.log")).unwrap_or_default();
                 ended = Err(format!("the daemon died: {log:.600}"));
@@ -105,18 +98,25 @@ pub(crate) fn run(program: &Path, plan: &Plan) -> (u64, (u64, Vec<String>)) {
             }
         }
         is_over.store(true, Ordering::Relaxed);
-        if let Err(fact) = worker.join().unwrap() {
-            failures.push(format!("socket: the client that behaves: {fact}"));
+        let (mut met, io) = load.join().unwrap();
+        let (waited, work) = worker.join().unwrap();
+        met.waited = met.waited.max(waited);
+        let ended = [("works over NBD", io), ("behaves", work)];
+        for (who, ended) in ended {
+            if let Err(fact) = ended {
+                failures.push(format!("socket: the client that {who}: {fact}"));
+            }
         }
+        met
     });
     if let Err(fact) = sound(&machine, daemon) {
         failures.push(format!("socket: {fact}"));
     }
-    (waited.into_inner(), (count, failures))
+    (met, (count, failures))
 }
 
 /// After all: no memory lost to a client, and a pool without damage.
-fn sound(machine: &Machine, daemon: Daemon) -> Result<(), String> {
+fn sound(machine: &Machine, daemon: Server) -> Result<(), String> {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let peak = peak.and_then(|text| text.trim().trim_end_matches(" kB").parse::<u64>().ok());
@@ -124,15 +124,18 @@ fn sound(machine: &Machine, daemon: Daemon) -> Result<(), String> {
         return Err(format!("the daemon held {peak:?} KiB"));
     }
     drop(daemon);
-    let said = machine.run(&["pool", "check", "p0"]);
-    if said.code != Some(0) {
-        return Err(format!("the pool is not clean afterwards: {said:?}"));
-    }
-    machine.nothing_left_behind()
+    machine.is_sound()
+}
+
+/// The longest that the client that behaves waited, and how it ended.
+fn work(machine: &Machine, is_over: &AtomicBool) -> (Duration, Result<(), String>) {
+    let mut waited = Duration::ZERO;
+    let ended = rounds(machine, is_over, &mut waited);
+    (waited, ended)
 }
 
 /// The client that behaves: it makes, forks, lists and removes, and nothing of it may fail or take long.
-fn work(machine: &Machine, is_over: &AtomicBool, waited: &AtomicU64) -> Result<(), String> {
+fn rounds(machine: &Machine, is_over: &AtomicBool, waited: &mut Duration) -> Result<(), String> {
     let mut round = 0;
     while !is_over.load(Ordering::Relaxed) || round == 0 {
         round += 1;
@@ -150,10 +153,7 @@ fn work(machine: &Machine, is_over: &AtomicBool, waited: &AtomicU64) -> Result<(
             let begun = Instant::now();
             let answer = ask(&machine.socket(), &request)?;
             let took = begun.elapsed();
-            waited.fetch_max(
-                u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-                Ordering::Relaxed,
-            );
+            *waited = (*waited).max(took);
             if took > WAIT_MAX || !answer.starts_with(r#"{"reply":"#) {
                 return Err(format!("{request} took {took:?}: {answer:.300}"));
             }

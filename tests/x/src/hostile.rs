@@ -52,6 +52,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         eprintln!("skipped: {fact}");
     }
     let mut card = Card::new("R13", plan.quick || plan.only.is_some(), Some(plan.seed));
+    for (kind, took) in &outcome.times {
+        eprintln!("{kind}: {:.1} s", took.as_secs_f64());
+    }
     for (kind, count) in &outcome.cases {
         card.at_least(&format!("hostile cases, {kind}"), *count, 1);
     }
@@ -62,6 +65,20 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     };
     card.at_least("hostile cases", outcome.total(), wanted);
     card.none("hostile cases that failed", outcome.failures.len() as u64);
+    let wanted = match (&plan.only, plan.quick) {
+        (Some(_), _) => 0,
+        (None, true) => 50,
+        (None, false) => 1000,
+    };
+    card.at_least(
+        "operations over NBD beside hostile cases",
+        outcome.io_operations,
+        wanted,
+    );
+    card.none(
+        "operations over NBD that failed or read something else",
+        outcome.io_errors,
+    );
     #[expect(
         clippy::cast_precision_loss,
         reason = "milliseconds stay far below 2^53"
