@@ -196,15 +196,37 @@ impl Connection {
                 ),
             )
         };
-        protocol::write_line(self.input.get_mut(), request).map_err(gone)?;
+        // One that ends before it has taken the request has done nothing, so another may be asked.
+        let unasked = |e: io::Error| {
+            let is_gone = matches!(
+                e.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            );
+            let error = gone(e);
+            if is_gone {
+                Ok(Outcome::Again(error))
+            } else {
+                Err(error)
+            }
+        };
+        if let Err(e) = protocol::write_line(self.input.get_mut(), request) {
+            return unasked(e);
+        }
         self.input.get_ref().set_read_timeout(None).map_err(gone)?;
         let limits = LineLimits {
             bytes_max: ANSWER_BYTES_MAX,
             wait_ns_max: u64::MAX,
         };
         let clock = SystemClock::new();
+        let mut is_taken = false;
         loop {
-            let line = protocol::read_line(&mut self.input, limits, &clock).map_err(gone)?;
+            let line = match protocol::read_line(&mut self.input, limits, &clock) {
+                Ok(line) => line,
+                // The kernel says so where the request was still unread.
+                Err(e) if !is_taken => return unasked(e),
+                Err(e) => return Err(gone(e)),
+            };
+            is_taken = true;
             let Some(line) = line else {
                 return Err(gone(io::ErrorKind::UnexpectedEof.into()));
             };

@@ -145,6 +145,7 @@ impl Host {
         let devices = self.devices();
         Status {
             pool: self.pool.status(),
+            read_only: self.role == Role::Daemon && self.pool.is_read_only(),
             daemon_pid: (self.role == Role::Daemon).then(std::process::id),
             devices: devices.count(),
             exports: devices.exports().count(),
@@ -326,7 +327,7 @@ impl Host {
         let entry = DeviceEntry {
             path: path.clone(),
             id: attached.id(),
-            read_only: options.read_only,
+            read_only: attached.is_read_only(),
             state: served.state(),
         };
         debug_assert_eq!(served.path().to_str(), Some(entry.node().as_str()));
@@ -382,6 +383,7 @@ impl Host {
         let attached = self
             .pool
             .attach(path, read_only || path.snapshot.is_some())?;
+        let read_only = attached.is_read_only();
         // It is given back when the last owner drops it, so also where something fails from here on.
         let name = format!("{}/{path}", self.name);
         let bound = Bound::new(address, &Runtime::of(&self.name)?, path)?;
@@ -395,7 +397,7 @@ impl Host {
             export,
             endpoint,
         });
-        Ok(Reply::ServingNbd { uri })
+        Ok(Reply::ServingNbd { uri, read_only })
     }
 
     /// Ends what is served over NBD of this volume or snapshot; on return everything is durable.

@@ -147,7 +147,7 @@ pub(crate) enum Reply {
     /// To `Devices`, `Attach` and `Detach`: those meant.
     Devices(Vec<DeviceRow>),
     /// To `ServeNbd`: clients can connect.
-    ServingNbd { uri: String },
+    ServingNbd { uri: String, read_only: bool },
     /// To `Diff`.
     Diff(Vec<DiffExtent>),
     /// To `Check`.
@@ -164,6 +164,9 @@ pub(crate) struct Status {
     /// The engine's view.
     #[serde(flatten)]
     pub(crate) pool: PoolStatus,
+    /// Whether its daemon can only read it, because it is damaged.
+    #[serde(default)]
+    pub(crate) read_only: bool,
     /// The daemon, if one runs.
     pub(crate) daemon_pid: Option<u32>,
     /// How many devices are attached.

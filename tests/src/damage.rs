@@ -373,6 +373,11 @@ impl Scene {
         }
     }
 
+    /// What each block of a volume or snapshot holds, in each of its words; 0 is zeros.
+    pub fn content(&self, path: &str) -> &[u64] {
+        &self.contents[path]
+    }
+
     /// The live blocks.
     pub fn live(&self) -> &[u64] {
         &self.live

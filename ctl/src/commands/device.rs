@@ -1,6 +1,6 @@
 //! Block devices: attach, detach, and take back those of a daemon that died.
 
-use super::{ask, unexpected};
+use super::{ask, unexpected, warn_read_only};
 use crate::cli::{Attach, Detach, path_target};
 use crate::client;
 use crate::devices::{Devices, Slot};
@@ -46,6 +46,9 @@ pub(super) fn attach(options: &Attach) -> Result<()> {
     let Reply::Devices(rows) = ask(pool, &request, "attaching")? else {
         return Err(unexpected());
     };
+    if rows.iter().any(|row| row.read_only) && !options.read_only && path.snapshot.is_none() {
+        warn_read_only(pool, path);
+    }
     rows.iter()
         .try_for_each(|row| output::text(&format!("{}\n", row.device)))
 }

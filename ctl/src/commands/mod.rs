@@ -14,6 +14,7 @@ use crate::cli::{Command, PathTarget};
 use crate::client;
 use crate::daemon;
 use crate::exit_code::OK;
+use crate::output;
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request};
 use blockfork::error::{Error, ErrorKind, Result};
@@ -57,6 +58,13 @@ fn change(pool: &Name, request: &Request) -> Result<()> {
         return Err(unexpected());
     };
     Ok(())
+}
+
+/// Tells that something is served for reading although it was not asked for so: a pool that can only be read.
+fn warn_read_only(pool: &Name, path: &VolumePath) {
+    output::say(&format!(
+        "{pool}/{path}: read-only, because the pool is damaged and cannot be written to; see `ublkctl pool check {pool}`"
+    ));
 }
 
 /// The error of an answer to another question.

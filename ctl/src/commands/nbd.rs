@@ -1,6 +1,6 @@
 //! `serve-nbd`: a volume over NBD, for as long as the command runs.
 
-use super::unexpected;
+use super::{unexpected, warn_read_only};
 use crate::cli::ServeNbd;
 use crate::client;
 use crate::output;
@@ -23,9 +23,12 @@ pub(super) fn serve(options: &ServeNbd) -> Result<()> {
         address,
     };
     client::hold(pool, &request, |reply| {
-        let Reply::ServingNbd { uri } = reply else {
+        let Reply::ServingNbd { uri, read_only } = reply else {
             return Err(unexpected());
         };
+        if read_only && !options.read_only && path.snapshot.is_none() {
+            warn_read_only(pool, path);
+        }
         output::text(&format!("{uri}\n"))
     })
 }

@@ -305,7 +305,11 @@ fn export(name: &Name, force: bool) -> Result<()> {
         Err(e) => return Err(e),
     };
     // Opening it for writing brings home what a killed daemon left in the ring, which does not travel with the pool.
-    let closed = change(name, &Request::Stop).and_then(|()| wait_for_lock(&entry));
+    let mut closed = change(name, &Request::Stop).and_then(|()| wait_for_lock(&entry));
+    if closed.is_ok() && Runtime::of(name)?.ring().exists() {
+        // Its daemon could only read it, so what the ring holds is nowhere else yet.
+        closed = change(name, &Request::Stop);
+    }
     match closed {
         Err(e) if force && e.kind() != ErrorKind::Busy => {
             output::say(&format!("{}; forgotten all the same", one_line(&e)));
@@ -392,6 +396,9 @@ fn list(format: Format) -> Result<()> {
 fn state_word(status: &Status) -> &'static str {
     match status {
         Status { pool, .. } if pool.poisoned => "poisoned",
+        Status {
+            read_only: true, ..
+        } => "served read-only",
         Status {
             daemon_pid: Some(_),
             ..

@@ -81,7 +81,7 @@ pub(super) fn run(
         && match consent {
             Consent::DryRun => false,
             Consent::Given => true,
-            Consent::Ask => ask()?,
+            Consent::Ask => ask(format)?,
         };
     if goes_on {
         let bar = Bar::new("repairing");
@@ -155,9 +155,10 @@ fn show(plan: &RepairPlan, format: Format) -> Result<()> {
     table.print(format)
 }
 
-fn ask() -> Result<bool> {
+fn ask(format: Format) -> Result<bool> {
     let input = std::io::stdin();
-    if !input.is_terminal() {
+    // Nobody is asked about what was not shown.
+    if format.json || !input.is_terminal() {
         return Err(Error::with(
             ErrorKind::Invalid,
             "nobody to ask; look with --dry-run, then repair with --yes",

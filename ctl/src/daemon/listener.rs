@@ -48,7 +48,7 @@ impl Listener {
     /// Accepts connections until the process ends.
     pub(super) fn start(self, daemon: Arc<Daemon>) -> Result<()> {
         let accept = move || {
-            let open = Arc::new(AtomicUsize::new(0));
+            let open = daemon.clients.clone();
             for stream in self.0.incoming() {
                 match stream {
                     Ok(stream) => accept(stream, &daemon, &open),

@@ -49,6 +49,9 @@ impl Maintenance {
 
 fn run(daemon: &Daemon, stop: &AtomicBool) {
     let (pool, device) = (daemon.host.pool(), daemon.host.device());
+    if pool.is_read_only() {
+        return;
+    }
     let mut has_failed = false;
     while !stop.load(Ordering::Relaxed) {
         match block_on(pool.maintain(device)) {

@@ -8,11 +8,13 @@ mod maintenance;
 mod process;
 
 use crate::client;
+use crate::devices::Devices;
 use crate::exit_code::one_line;
 use crate::host::{Host, Role};
 use crate::state::{self, PoolEntry, Registry, Runtime};
+use blockfork::clock::{Clock, SystemClock};
 use blockfork::device::{Access, PoolFile};
-use blockfork::error::{Error, Result};
+use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
 use futures_lite::future::block_on;
 use listener::Listener;
@@ -21,6 +23,7 @@ use parking_lot::RwLock;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tracing::{error, info, warn};
 
@@ -28,6 +31,9 @@ use tracing::{error, info, warn};
 const IDLE_START: Duration = Duration::from_secs(20);
 /// How long to wait for a lock: the kernel may be finishing what a killed daemon had in flight.
 const LOCK_WAIT_MS: u64 = 10_000;
+
+/// How long a daemon that ends waits for clients that are being turned away.
+const LAST_WORDS_NS_MAX: u64 = 1_000_000_000;
 
 /// What all threads of the daemon share.
 #[derive(Debug)]
@@ -37,6 +43,8 @@ struct Daemon {
     stopping: RwLock<bool>,
     /// Ends the main thread's wait.
     wake: Handle,
+    /// How many ask something now.
+    clients: Arc<AtomicUsize>,
     /// Whether another command started it, so that it ends with its last device.
     is_detached: bool,
 }
@@ -81,7 +89,16 @@ fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<Host> {
     if !file.is_direct() {
         warn!(path = %entry.path.display(), "the file system refuses O_DIRECT: I/O is buffered");
     }
-    let host = client::open(entry, runtime, Arc::new(file), false, Role::Daemon)?;
+    let file = Arc::new(file);
+    let host = match client::open(entry, runtime, file.clone(), false, Role::Daemon) {
+        // What is whole of a damaged pool can be read, under the same lock.
+        Err(e) if e.kind() == ErrorKind::Corrupt => {
+            let host = client::open(entry, runtime, file, true, Role::Daemon)?;
+            warn!(pool = %entry.name, "cannot be opened for writing, everything is read-only: {}", one_line(&e));
+            host
+        }
+        opened => opened?,
+    };
     for warning in host.pool().status().warnings {
         warn!(pool = %entry.name, "{warning}");
     }
@@ -93,6 +110,7 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
         host,
         stopping: RwLock::new(false),
         wake: signals.handle(),
+        clients: Arc::default(),
         is_detached,
     });
     let maintenance = Maintenance::start(daemon.clone())?;
@@ -124,7 +142,13 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
     // Waits for the requests that run, and turns away those that come.
     *daemon.stopping.write() = true;
     maintenance.stop();
-    shut_down(&daemon.host, runtime)
+    let ended = shut_down(&daemon.host, runtime);
+    // Whoever asked in the last moment hears that nothing was done.
+    let clock = SystemClock::new();
+    while daemon.clients.load(Ordering::Relaxed) > 0 && clock.monotonic_ns() < LAST_WORDS_NS_MAX {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ended
 }
 
 /// Makes everything durable, and leaves devices that are still attached to the next daemon.
@@ -132,6 +156,9 @@ fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
     let mut devices = host.devices();
     let ended = host.end_all_nbd(&mut devices);
     ended.inspect_err(|e| error!("ending NBD: {}", one_line(e)))?;
+    if host.pool().is_read_only() {
+        return leave(&mut devices, runtime);
+    }
     if devices.is_empty() {
         let closed = block_on(host.pool().close(host.device()));
         closed.inspect_err(|e| error!("closing: {}", one_line(e)))?;
@@ -139,18 +166,24 @@ fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
         return runtime.clear();
     }
     let saved = block_on(host.pool().checkpoint(host.device()));
+    let left = leave(&mut devices, runtime);
+    let flushed = block_on(host.pool().flush(host.device()));
+    left?;
+    saved
+        .and(flushed)
+        .inspect_err(|e| error!("stopping: {}", one_line(e)))
+}
+
+/// Lets go of the devices. The ring stays: what it holds may be nowhere else.
+fn leave(devices: &mut Devices, runtime: &Runtime) -> Result<()> {
     for slot in devices.slots_mut() {
         if let Some(served) = slot.served.take() {
             served.abandon();
             info!(device = %slot.entry.node(), volume = %slot.entry.path, "left to the next daemon");
         }
     }
-    let flushed = block_on(host.pool().flush(host.device()));
     state::remove_file(&runtime.socket())?;
-    state::remove_file(&runtime.pid())?;
-    saved
-        .and(flushed)
-        .inspect_err(|e| error!("stopping: {}", one_line(e)))
+    state::remove_file(&runtime.pid())
 }
 
 fn start_log() {

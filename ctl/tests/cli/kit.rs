@@ -124,8 +124,14 @@ impl Machine {
     /// Starts `serve p0` in the foreground and waits until it answers.
     #[track_caller]
     pub(crate) fn serve(&self) -> Daemon {
+        self.serve_pool("p0")
+    }
+
+    /// Starts `serve` of a pool in the foreground and waits until it answers.
+    #[track_caller]
+    pub(crate) fn serve_pool(&self, pool: &str) -> Daemon {
         let log = fs::File::create(self.path("serve.log")).expect("a log");
-        let mut command = self.command(&["serve", "p0"]);
+        let mut command = self.command(&["serve", pool]);
         let child = command
             .stdout(Stdio::null())
             .stderr(log)
@@ -134,7 +140,7 @@ impl Machine {
         let daemon = Daemon { child };
         for _ in 0..500 {
             // A killed daemon's socket is still there, but nobody listens behind it.
-            if UnixStream::connect(self.socket()).is_ok() {
+            if UnixStream::connect(self.path(&format!("run/{pool}.sock"))).is_ok() {
                 return daemon;
             }
             thread::sleep(Duration::from_millis(20));
@@ -143,6 +149,19 @@ impl Machine {
             "no daemon: {}",
             fs::read_to_string(self.path("serve.log")).expect("the log")
         );
+    }
+
+    /// Waits until a pool's daemon, which ends with what it served, is gone.
+    #[track_caller]
+    pub(crate) fn is_left_alone(&self, pool: &str) {
+        let socket = self.path(&format!("run/{pool}.sock"));
+        for _ in 0..500 {
+            if UnixStream::connect(&socket).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        panic!("{pool} is still served");
     }
 
     /// The daemon's socket.
@@ -243,4 +262,45 @@ pub(crate) fn flip(path: &Path, at: usize) {
     let mut bytes = fs::read(path).expect("the file");
     bytes[at] ^= 0x10;
     fs::write(path, bytes).expect("the file");
+}
+
+/// Gives a changed page of metadata a checksum that is right.
+pub(crate) fn reseal(page: &mut [u8]) {
+    page[4..8].fill(0);
+    let crc = crc32fast::hash(page);
+    page[4..8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Where the younger of two slots of the count tree begins.
+fn younger(bytes: &[u8], slots: [u64; 2]) -> usize {
+    let at = slots.map(|block| usize::try_from(block * 4096).expect("a small pool"));
+    let generation = |at: usize| match &bytes[at..at + 4] {
+        b"BFpg" => u64::from_le_bytes(bytes[at + 32..at + 40].try_into().expect("8 bytes")),
+        _ => 0,
+    };
+    *at.iter()
+        .max_by_key(|at| generation(**at))
+        .expect("two slots")
+}
+
+/// Changes the count of a block of a closed pool, and what the index says of it; the count it has then.
+#[track_caller]
+pub(crate) fn recount(machine: &Machine, block: u64, by: i16) -> u16 {
+    const REGION_BLOCKS: u64 = 1984;
+    let mut bytes = machine.pool_bytes();
+    let (region, offset) = (block / REGION_BLOCKS, block % REGION_BLOCKS);
+    let page = younger(&bytes, [16 + region * 4, 16 + region * 4 + 2]);
+    let at = page + 64 + 2 * usize::try_from(offset).expect("a region");
+    let before = u16::from_le_bytes(bytes[at..at + 2].try_into().expect("2 bytes"));
+    let count = before.checked_add_signed(by).expect("a count");
+    bytes[at..at + 2].copy_from_slice(&count.to_le_bytes());
+    reseal(&mut bytes[page..page + 4096]);
+    let index = younger(&bytes, [1024, 1025]);
+    let at = index + 64 + 16 * usize::try_from(region).expect("a region") + 8;
+    let free = u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    let free = free + u64::from(count == 0) - u64::from(before == 0);
+    bytes[at..at + 8].copy_from_slice(&free.to_le_bytes());
+    reseal(&mut bytes[index..index + 4096]);
+    fs::write(machine.pool_path(), bytes).expect("the pool");
+    count
 }

@@ -6,3 +6,5 @@ mod hostile;
 mod kit;
 mod nbd;
 mod offline;
+mod read_only;
+mod repair;

@@ -23,7 +23,7 @@ use std::time::Duration;
 const MIB: u64 = 1 << 20;
 
 /// A running `serve-nbd`, which dies with its test.
-struct Serving {
+pub(crate) struct Serving {
     child: Child,
     uri: String,
     socket: PathBuf,
@@ -31,7 +31,7 @@ struct Serving {
 
 impl Serving {
     #[track_caller]
-    fn start(machine: &Machine, words: &[&str]) -> Self {
+    pub(crate) fn start(machine: &Machine, words: &[&str]) -> Self {
         let mut command = machine.command(&["serve-nbd"]);
         let mut child = (command.args(words))
             .stdout(Stdio::piped())
@@ -54,7 +54,7 @@ impl Serving {
         }
     }
 
-    fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(&self.socket).expect("an NBD server")
     }
 
@@ -64,7 +64,7 @@ impl Serving {
     }
 
     /// Ends it as ^C does; its exit code and what it said.
-    fn end(self) -> (Option<i32>, String) {
+    pub(crate) fn end(self) -> (Option<i32>, String) {
         self.signal("-INT");
         self.ends()
     }

@@ -72,6 +72,11 @@ impl Pool {
         &self.warnings
     }
 
+    /// Whether nothing of it can be changed.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
     /// Makes everything durable and marks the pool closed. Fails if something is attached.
     pub async fn close<D: Device>(&self, device: &D) -> Result<()> {
         if let Some(volume) = self.attached.lock().values().next() {

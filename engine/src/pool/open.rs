@@ -148,7 +148,14 @@ impl Pool {
                 warnings.extend(mended.facts());
                 (mended.metadata, mended.unsaved, mended.withheld)
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                // Whoever looks at it next, for reading, shall not miss the ring of an opening that never was.
+                if !options.read_only && was_clean {
+                    superblock.is_clean = true;
+                    write_superblocks(device, &superblock, async || device.flush().await).await?;
+                }
+                return Err(error);
+            }
         };
         let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
