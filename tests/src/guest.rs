@@ -53,6 +53,13 @@ impl Pool {
         pool
     }
 
+    /// A pool of this name that lies in a file already.
+    pub fn imported(name: &'static str, path: &str) -> Self {
+        let pool = Self::prepare(name);
+        pool.ctl(&["pool", "import", path]);
+        pool
+    }
+
     fn prepare(name: &'static str) -> Self {
         let folder = PathBuf::from(format!("/run/blockfork-{name}-{}", std::process::id()));
         fs::create_dir_all(folder.join("run")).expect("a folder for the pool");

@@ -7,6 +7,7 @@ pub mod fixture;
 pub mod fuzz;
 pub mod guest;
 pub mod image;
+pub mod log_writes;
 pub mod model;
 pub mod nbd_kill;
 pub mod oracle;

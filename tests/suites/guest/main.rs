@@ -7,6 +7,7 @@ mod faults;
 mod filesystems;
 mod full_pool;
 mod kills;
+mod log_writes;
 mod ranges;
 mod recovery;
 mod rollback;
