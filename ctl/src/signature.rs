@@ -97,7 +97,7 @@ struct Window {
 }
 
 impl Window {
-    fn read(file: &File, start: u64, end: u64) -> io::Result<Self> {
+    fn read(file: &impl FileExt, start: u64, end: u64) -> io::Result<Self> {
         let length = usize::try_from(end.saturating_sub(start)).map_err(io::Error::other)?;
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, start)?;
@@ -118,7 +118,7 @@ impl Window {
 }
 
 /// Everything recognised in the `bytes` of `file`.
-pub(crate) fn probe(file: &File, bytes: u64) -> io::Result<Vec<Found>> {
+pub(crate) fn probe(file: &impl FileExt, bytes: u64) -> io::Result<Vec<Found>> {
     let head = Window::read(file, 0, bytes.min(HEAD_BYTES))?;
     let tail = Window::read(
         file,
@@ -175,20 +175,25 @@ pub(crate) fn probe(file: &File, bytes: u64) -> io::Result<Vec<Found>> {
 }
 
 /// Whether the start of `file` holds anything but zeros: data of a kind that [`probe`] does not know.
-pub(crate) fn has_data(file: &File, bytes: u64) -> io::Result<bool> {
+pub(crate) fn has_data(file: &impl FileExt, bytes: u64) -> io::Result<bool> {
     let head = Window::read(file, 0, bytes.min(HEAD_BYTES))?;
     Ok(head.bytes.iter().any(|&byte| byte != 0))
 }
 
-/// Overwrites the blocks in which something was found.
+/// Overwrites the blocks in which something was found, durably.
 pub(crate) fn wipe(file: &File, bytes: u64, found: &[Found]) -> io::Result<()> {
+    overwrite(file, bytes, found)?;
+    file.sync_all()
+}
+
+pub(crate) fn overwrite(file: &impl FileExt, bytes: u64, found: &[Found]) -> io::Result<()> {
     for Found { offset, .. } in found {
         let start = offset - offset % BLOCK_BYTES;
         let end = (start + BLOCK_BYTES).min(bytes);
         let zeros = vec![0; usize::try_from(end - start).map_err(io::Error::other)?];
         file.write_all_at(&zeros, start)?;
     }
-    file.sync_all()
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,8 +10,12 @@ use crate::format::record::Record;
 use crate::format::superblock::Superblock;
 use crate::format::{catalog, counts, journal as journal_block, map_page};
 use crate::journal::ring;
-use crate::limits::POOL_BLOCKS_MIN;
+use crate::limits::{NAME_BYTES_MAX, POOL_BLOCKS_MIN};
+use crate::name::{Name, Target, VolumePath};
 use crate::units::{BLOCK_LEN, Generation, Pba, PoolId, Seq};
+
+#[cfg(not(any(shuttle, loom_cells)))]
+pub use crate::nbd::fuzz::{handshake as nbd_handshake, requests as nbd_requests};
 
 const POOL: PoolId = PoolId([1; 16]);
 const PLACE: PagePtr = PagePtr {
@@ -218,4 +222,30 @@ pub fn ring(bytes: &[u8]) {
             check_framed(record);
         }
     }
+}
+
+/// A name, a path and a target as typed: what is accepted is what it prints, and a name can stand in a path.
+pub fn name(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(target) = text.parse::<Target>() {
+        assert_eq!(target.to_string(), text);
+        check_name(&target.pool);
+    }
+    if let Ok(path) = text.parse::<VolumePath>() {
+        assert_eq!(path.to_string(), text);
+        check_name(&path.volume);
+        path.snapshot.iter().for_each(check_name);
+    }
+    match text.parse::<Name>() {
+        Ok(name) => check_name(&name),
+        Err(error) => assert!(!error.to_string().contains(char::is_control)),
+    }
+}
+
+fn check_name(name: &Name) {
+    let text = name.as_str();
+    assert!((1..=NAME_BYTES_MAX).contains(&text.len()));
+    assert!(text.bytes().all(|byte| byte.is_ascii_graphic()));
+    assert!(!text.contains(['/', '@', '\\', '"', '\'']) && !text.contains(".."));
+    assert!(!text.starts_with(['-', '.']));
 }

@@ -44,14 +44,14 @@ fn the_corpus_is_small_and_every_target_has_one() {
     for target in TARGETS {
         let inputs = inputs(target);
         assert!(
-            (1..=200).contains(&inputs.len()),
+            (1..=60).contains(&inputs.len()),
             "{}: {}",
             target.name,
             inputs.len()
         );
         total += inputs.iter().map(|(_, bytes)| bytes.len()).sum::<usize>();
     }
-    assert!(total <= 4 << 20, "{total} bytes");
+    assert!(total <= 1 << 20, "{total} bytes");
 }
 
 /// With `$SEEDS` they are written below that folder too, for a corpus that begins anew.

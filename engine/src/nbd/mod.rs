@@ -14,6 +14,8 @@
 //! stalls its own connection.
 
 mod export;
+#[cfg(feature = "fuzz")]
+pub(crate) mod fuzz;
 mod handshake;
 mod queue;
 mod reply;

@@ -51,25 +51,38 @@ fn read_or_end(input: &mut impl Read, buffer: &mut [u8]) -> Result<bool> {
     Ok(true)
 }
 
-/// The handshake; none if the client left in it.
+/// The handshake, within its limits; none if the client left in it.
 fn negotiate<D: Device>(
     input: &mut BufReader<&Socket>,
     mut socket: &Socket,
     export: &Export<D>,
 ) -> Result<Option<Agreed>> {
-    let clock = SystemClock::new();
     socket.limit(Some(HANDSHAKE_WAIT)).map_err(lost)?;
-    socket.write_all(&handshake::greeting()).map_err(lost)?;
-    let mut flags = [0; 4];
-    if !read_or_end(input, &mut flags)? {
-        return Ok(None);
-    }
     let offer = Offer {
         name: export.name(),
         bytes: export.attached().bytes(),
         sector_bytes: export.attached().sector_bytes(),
         is_read_only: export.attached().is_read_only(),
     };
+    let agreed = agree(input, &mut socket, offer, &SystemClock::new())?;
+    if agreed.is_some() {
+        socket.limit(None).map_err(lost)?;
+    }
+    Ok(agreed)
+}
+
+/// The handshake over any stream.
+pub(super) fn agree(
+    input: &mut impl Read,
+    output: &mut impl Write,
+    offer: Offer<'_>,
+    clock: &impl Clock,
+) -> Result<Option<Agreed>> {
+    output.write_all(&handshake::greeting()).map_err(lost)?;
+    let mut flags = [0; 4];
+    if !read_or_end(input, &mut flags)? {
+        return Ok(None);
+    }
     let mut handshake = Handshake::begin(offer, flags)?;
     loop {
         let mut header = [0; OPTION_HEADER_BYTES];
@@ -80,16 +93,13 @@ fn negotiate<D: Device>(
         let mut data = vec![0; bytes];
         input.read_exact(&mut data).map_err(lost)?;
         let (answer, next) = handshake.answer(option, &data);
-        socket.write_all(&answer).map_err(lost)?;
+        output.write_all(&answer).map_err(lost)?;
         match next {
             Next::Option if clock.monotonic_ns() > HANDSHAKE_NS_MAX => {
                 return Err(Error::with(ErrorKind::Invalid, "a handshake without end"));
             }
             Next::Option => {}
-            Next::Transmission(agreed) => {
-                socket.limit(None).map_err(lost)?;
-                return Ok(Some(agreed));
-            }
+            Next::Transmission(agreed) => return Ok(Some(agreed)),
             Next::End => return Ok(None),
         }
     }
@@ -139,7 +149,7 @@ fn transmit<D: Device + Sync>(
 }
 
 /// The next request; none at the end of the connection, announced or not.
-fn next_request(input: &mut BufReader<&Socket>) -> Result<Option<Request>> {
+pub(super) fn next_request(input: &mut impl Read) -> Result<Option<Request>> {
     let mut header = [0; REQUEST_BYTES];
     if !read_or_end(input, &mut header)? {
         return Ok(None);

@@ -28,6 +28,10 @@ const fn target(name: &'static str, run: fn(&[u8]), memory: (usize, usize)) -> T
 const BLOCK: (usize, usize) = (64 << 10, 4);
 /// What a parser of text allocates at most.
 const TEXT: (usize, usize) = (64 << 10, 64);
+/// What a handshake allocates at most: one option of the longest, and its answers.
+const OPTIONS: (usize, usize) = (160 << 10, 256);
+/// What looking for signatures allocates at most: the start and the end of the file.
+const SIGNATURE: (usize, usize) = (2 << 20, 4096);
 /// What an open pool of 16 MiB allocates at most, with all that is done to it.
 const POOL: (usize, usize) = (24 << 20, 4096);
 
@@ -47,6 +51,10 @@ pub const TARGETS: &[Target] = &[
     target("message", ublkctl::fuzz::message, TEXT),
     target("state-file", ublkctl::fuzz::state_files, TEXT),
     target("word", ublkctl::fuzz::word, TEXT),
+    target("name", blockfork::fuzz::name, TEXT),
+    target("nbd-handshake", blockfork::fuzz::nbd_handshake, OPTIONS),
+    target("nbd-request", blockfork::fuzz::nbd_requests, TEXT),
+    target("signature", ublkctl::fuzz::signatures, SIGNATURE),
     target("pool", image::run, POOL),
     target("operations", operations::run, POOL),
 ];

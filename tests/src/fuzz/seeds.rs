@@ -1,6 +1,7 @@
 //! What a fuzzer begins with: the metadata of a real pool, real requests, and words as people type them.
 
 use super::image::metadata;
+use crate::nbd;
 
 /// Bytes before a page's own fields, and before a journal block's records.
 const HEADER_BYTES: usize = 64;
@@ -28,6 +29,10 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "message" => lines(MESSAGES),
         "state-file" => lines(STATE_FILES),
         "word" => lines(WORDS),
+        "name" => lines(NAMES),
+        "nbd-handshake" => handshakes(),
+        "nbd-request" => requests(),
+        "signature" => signatures(),
         "pool" => edits(),
         "operations" => operations(),
         _ => Vec::new(),
@@ -115,6 +120,61 @@ fn edits() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// A client that asks everything and then begins, the old way in, and one that leaves.
+fn handshakes() -> Vec<Vec<u8>> {
+    const FLAGS: [u8; 5] = [0, 0, 0, 0, 3];
+    let contexts = [&[0, 0, 0, 4][..], b"p0/v", &[0, 0, 0, 1, 0, 0, 0, 15]].concat();
+    let contexts = [&contexts[..], b"base:allocation"].concat();
+    let info = [&[0, 0, 0, 4][..], b"p0/v", &[0, 2, 0, 1, 0, 3]].concat();
+    let asked = [
+        (8, &[][..]),
+        (3, &[]),
+        (9, &contexts),
+        (10, &contexts),
+        (6, &info),
+        (7, &info),
+    ];
+    let said = |options: &[(u32, &[u8])]| {
+        let options = options.iter().map(|(kind, data)| nbd::option(*kind, data));
+        [FLAGS.to_vec(), options.flatten().collect()].concat()
+    };
+    vec![
+        said(&asked),
+        said(&[(1, b"p0/v")]),
+        said(&[(5, &[]), (2, &[])]),
+    ]
+}
+
+/// Every request, first to a volume, then to a snapshot with structured replies.
+fn requests() -> Vec<Vec<u8>> {
+    let requests = [0, 1, 3, 4, 6, 7, 5, 2].map(|command| {
+        let ask = nbd::Ask {
+            cookie: 7,
+            command,
+            flags: nbd::FUA,
+            offset: 4096,
+            bytes: 4096 * u32::from(command != 1),
+        };
+        ask.encode()
+    });
+    let all = requests.concat();
+    vec![[&[0][..], &all].concat(), [&[13][..], &all].concat()]
+}
+
+/// A file system, a table at the end, and a pool that ends within its first block.
+fn signatures() -> Vec<Vec<u8>> {
+    let file = |bytes: u64, place: u32, content: &[u8]| {
+        let length = u8::try_from(content.len()).unwrap();
+        let place = &place.to_le_bytes()[..3];
+        [&bytes.to_le_bytes()[..], &[length], place, content].concat()
+    };
+    vec![
+        file(1 << 24, 1080, &[0x53, 0xef]),
+        file(1 << 40, (1 << 23) + 512, b"EFI PART"),
+        file(100, 0, b"BLKFORK\0"),
+    ]
+}
+
 fn operations() -> Vec<Vec<u8>> {
     let all = [
         [4, 0, 0, 0], // create v0
@@ -163,6 +223,8 @@ const STATE_FILES: &[&str] = &[
     "{\"name\":\"p0\",\"path\":\"/srv/p0.pool\",\"id\":\"00000000-0000-0000-0000-000000000000\"}",
     "{\"pool\":\"x\",\"boot\":[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15],\"devices\":[{\"path\":{\"volume\":\"v\",\"snapshot\":null},\"id\":1,\"read_only\":false,\"state\":{\"dev_id\":0,\"queues\":1,\"depth\":128,\"io_buffer_bytes\":524288,\"flags\":0,\"mark\":1}}]}",
 ];
+
+const NAMES: &[&str] = &["p0", "p0/v", "p0/v@s-1.2:3", "a..b", "v@s@t"];
 
 const WORDS: &[&str] = &[
     "p0",
