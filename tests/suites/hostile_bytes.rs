@@ -6,6 +6,8 @@ use blockfork::error::ErrorKind;
 use blockfork_tests::fixture::{attach, open, pool, put, volume};
 use blockfork_tests::sim_device::SimDevice;
 use futures_lite::future::block_on;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 /// What reading one block may take at most, in calls to the device.
 const CALLS_MAX: u64 = 1000;
@@ -163,4 +165,55 @@ fn a_journal_record_with_numbers_that_cannot_be() {
             drop(attach(&pool, "a"));
         }
     }
+}
+
+/// A closed pool with the largest volume there is and a snapshot of it, which differ. Every inner page names its one
+/// child in all of its entries: 256 to the power of four ways down.
+fn maze(leaves: impl Fn(&mut [u8])) -> SimDevice {
+    let (device, pool) = pool(8192);
+    let attached = volume(&device, &pool, "a", 1 << 38);
+    put(&device, &attached, 0, 1, 1).unwrap();
+    block_on(pool.snapshot(&device, &["a@s".parse().unwrap()])).unwrap();
+    put(&device, &attached, 0, 2, 2).unwrap();
+    drop(attached);
+    block_on(pool.close(&device)).unwrap();
+    for level in 1..=4 {
+        change_pages(&device, 1, level, |page| {
+            let child: [u8; 12] = page[72..84].try_into().unwrap();
+            for entry in page[72..72 + 256 * 12].chunks_exact_mut(12) {
+                entry.copy_from_slice(&child);
+            }
+        });
+    }
+    change_pages(&device, 1, 0, leaves);
+    device
+}
+
+#[test]
+fn a_map_whose_pages_all_name_one_page_is_walked_in_bounded_time() {
+    let (done, is_done) = channel();
+    std::thread::spawn(move || {
+        // Leaves that can be read, and such that cannot.
+        for damaged in [false, true] {
+            let device = maze(|page| {
+                if damaged {
+                    page[40] = 2;
+                }
+            });
+            let pool = open(&device).unwrap();
+            let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+            assert_eq!(report.exit_code(), 4);
+            assert_eq!(report.unreadable.len(), if damaged { 2 } else { 0 });
+            let listed = block_on(pool.list(&device)).unwrap();
+            assert!(listed.iter().all(|entry| entry.unique_bytes <= 8192 * 4096));
+            let (older, newer) = ("a@s".parse().unwrap(), "a".parse().unwrap());
+            let differs = block_on(pool.diff(&device, &older, &newer));
+            assert_eq!(differs.unwrap_err().kind(), ErrorKind::Corrupt);
+            let removal = block_on(pool.remove(&device, &[newer], true, true)).unwrap();
+            assert!(removal.freed_bytes <= 8192 * 4096);
+        }
+        done.send(()).unwrap();
+    });
+    let ended = is_done.recv_timeout(Duration::from_secs(120));
+    assert!(ended.is_ok(), "a walk has no end: {ended:?}");
 }

@@ -252,3 +252,67 @@ fn one_damaged_map_page_leaves_the_other_volumes_alone() {
     block_on(pool.checkpoint(&device)).unwrap();
     assert_eq!(stamp(&device, &attached, 599), 2);
 }
+
+/// Begins something that changes volumes, attaches a volume after so many turns of it, and ends it; whether the volume
+/// could be attached, and what came of the change.
+fn attach_beside<T>(
+    change: impl Future<Output = T>,
+    turns: usize,
+    attach: impl FnOnce() -> blockfork::error::Result<std::sync::Arc<blockfork::pool::Attached>>,
+) -> (Option<std::sync::Arc<blockfork::pool::Attached>>, T) {
+    let mut change = std::pin::pin!(change);
+    for _ in 0..turns {
+        if let Some(done) = block_on(poll_once(change.as_mut())) {
+            return (attach().ok(), done);
+        }
+    }
+    let attached = attach().ok();
+    (attached, block_on(change))
+}
+
+#[test]
+fn what_is_attached_while_it_is_removed_is_not_removed() {
+    for turns in 0..30 {
+        let (device, pool) = pool(8192);
+        drop(volume(&device, &pool, "a", 2048));
+        let targets = [path("a")];
+        let removing = pool.remove(&device, &targets, false, false);
+        let (attached, removed) = attach_beside(removing, turns, || pool.attach(&path("a"), false));
+        assert_ne!(attached.is_some(), removed.is_ok(), "after {turns} turns");
+        if let Some(attached) = attached {
+            put(&device, &attached, 0, 8, 1).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_attached_while_its_size_changes_has_the_size_of_its_volume() {
+    for (blocks, turns) in (0..40).flat_map(|turns| [(16, turns), (4096, turns)]) {
+        let (device, pool) = pool(8192);
+        let a = volume(&device, &pool, "a", 2048);
+        put(&device, &a, 8, 64, 1).unwrap();
+        drop(a);
+        let name = "a".parse().unwrap();
+        let resizing = pool.resize(&device, &name, blocks * 4096, true);
+        let (attached, resized) = attach_beside(resizing, turns, || pool.attach(&path("a"), false));
+        let size = if resized.is_ok() { blocks } else { 2048 };
+        let attached = attached.unwrap_or_else(|| attach(&pool, "a"));
+        assert_eq!(attached.bytes(), size * 4096, "after {turns} turns");
+    }
+}
+
+#[test]
+fn what_is_attached_while_it_is_rolled_back_has_the_size_of_then() {
+    for turns in 0..40 {
+        let (device, pool) = pool(8192);
+        drop(volume(&device, &pool, "a", 2048));
+        block_on(pool.snapshot(&device, &[path("a@s")])).unwrap();
+        block_on(pool.resize(&device, &"a".parse().unwrap(), 4096 * 4096, false)).unwrap();
+        let snapshot = path("a@s");
+        let rolling = pool.rollback(&device, &snapshot);
+        let (attached, rolled) = attach_beside(rolling, turns, || pool.attach(&path("a"), false));
+        rolled.unwrap();
+        let attached = attached.unwrap_or_else(|| attach(&pool, "a"));
+        assert_eq!(attached.bytes(), 2048 * 4096, "after {turns} turns");
+    }
+}

@@ -25,6 +25,30 @@ pub(super) struct AttachedVolume {
     is_read_only: bool,
 }
 
+/// A change of volumes that depends on whether they are attached. While it lives nobody attaches them; who looks after it
+/// was announced knows whether somebody has.
+#[derive(Debug)]
+pub(super) struct Change<'a> {
+    pool: &'a Pool,
+    ids: Vec<VolumeId>,
+}
+
+impl<'a> Change<'a> {
+    pub(super) fn announce(pool: &'a Pool, ids: Vec<VolumeId>) -> Self {
+        pool.changing.lock().extend(&ids);
+        Self { pool, ids }
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        let mut changing = self.pool.changing.lock();
+        for id in &self.ids {
+            changing.remove(id);
+        }
+    }
+}
+
 /// A volume or a snapshot that a frontend serves.
 #[derive(Debug)]
 pub struct Attached {
@@ -36,6 +60,8 @@ pub struct Attached {
 impl Attached {
     pub(super) fn new(pool: &Arc<Pool>, path: &VolumePath, read_only: bool) -> Result<Arc<Self>> {
         let clock = &pool.ledger.clock;
+        // Before the look: a change that is announced later finds what is attached here.
+        let mut attached = pool.attached.lock();
         let volume = pool.ledger.look(|metadata| {
             let entry = &metadata.catalog.find(path)?.entry;
             pool.check_withheld(entry.id, path)?;
@@ -50,7 +76,10 @@ impl Attached {
             })
         })?;
         let volume = Arc::new(volume);
-        let mut attached = pool.attached.lock();
+        if pool.changing.lock().contains(&volume.id) {
+            let message = format!("{}/{path}: is being changed; try again", pool.name);
+            return Err(Error::with(ErrorKind::Busy, message));
+        }
         if attached.contains_key(&volume.id) {
             let message = format!("{}/{path}: is attached already", pool.name);
             return Err(Error::with(ErrorKind::Busy, message));

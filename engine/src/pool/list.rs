@@ -40,6 +40,7 @@ impl Pool {
     async fn unique<D: Device>(&self, device: &D, id: VolumeId) -> Result<u64> {
         let mut unique = 0;
         let mut at = Lba(0);
+        let blocks = self.ledger.look(|metadata| metadata.space.blocks());
         loop {
             let (next, found) = self
                 .ledger
@@ -50,8 +51,9 @@ impl Pool {
                 .await
                 .or_else(unless_damaged)?;
             unique += found;
-            if next.0 == u64::MAX || next <= at {
-                return Ok(unique);
+            // A damaged map may name a page as often as it has room; no more is unique than there is.
+            if next.0 == u64::MAX || next <= at || unique > blocks {
+                return Ok(unique.min(blocks));
             }
             at = next;
         }

@@ -33,7 +33,7 @@ use crate::name::Name;
 use crate::space::Fault;
 use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{PoolId, Timestamp, VolumeId};
-use attached::AttachedVolume;
+use attached::{AttachedVolume, Change};
 use maintain::Maintenance;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -51,6 +51,8 @@ pub struct Pool {
     ledger: Ledger,
     checkpoints: Checkpoints,
     attached: Mutex<BTreeMap<VolumeId, Arc<AttachedVolume>>>,
+    /// What a command decides over by whether it is attached: nobody attaches it meanwhile.
+    changing: Mutex<BTreeSet<VolumeId>>,
     /// Commands that change the catalog go one at a time.
     control: AsyncMutex<()>,
     maintenance: Maintenance,
@@ -79,6 +81,12 @@ impl Pool {
 
     /// Makes everything durable and marks the pool closed. Fails if something is attached.
     pub async fn close<D: Device>(&self, device: &D) -> Result<()> {
+        let _alone = self.control.lock().await;
+        let all = self.ledger.look(|metadata| {
+            let entries = metadata.catalog.entries();
+            entries.into_iter().map(|entry| entry.id).collect()
+        });
+        let _change = Change::announce(self, all);
         if let Some(volume) = self.attached.lock().values().next() {
             return Err(Error::with(
                 ErrorKind::Busy,
@@ -92,7 +100,6 @@ impl Pool {
         if self.is_read_only {
             return Ok(());
         }
-        let _alone = self.control.lock().await;
         self.checkpoints
             .write(&self.ledger, device, Ending::Close, |_| {})
             .await?;

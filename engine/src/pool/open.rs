@@ -176,6 +176,7 @@ impl Pool {
             checkpoints: Checkpoints::new(superblock),
             ledger,
             attached: Mutex::default(),
+            changing: Mutex::default(),
             control: AsyncMutex::new(()),
             maintenance: Maintenance::new(options.clock.monotonic_ns()),
         };

@@ -214,10 +214,12 @@ impl Reach {
         let entries: Vec<CatalogEntry> = metadata.catalog.entries().into_iter().cloned().collect();
         for entry in &entries {
             let end = blocks_of(entry.bytes);
+            // A map that names a page twice is damaged, and would be walked as often as it has ways down.
+            let mut seen = FxHashSet::default();
             let mut visits: Vec<Visit> = Visit::root(entry).into_iter().collect();
             while let Some(visit) = visits.pop() {
                 let (pba, base) = (visit.ptr.pba, visit.base.0);
-                if !tainted.contains(&pba) {
+                if !tainted.contains(&pba) || !seen.insert(pba) {
                     continue;
                 }
                 if let Ok((_, node)) = page(device, metadata, visit).await {

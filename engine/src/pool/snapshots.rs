@@ -1,6 +1,7 @@
 //! Snapshots, clones, rollback and diff.
 
 use super::Pool;
+use super::attached::Change;
 use super::report::{DiffExtent, DiffKind};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -111,6 +112,10 @@ impl Pool {
         };
         let _alone = self.control.lock().await;
         self.check_writable()?;
+        let volume = self
+            .ledger
+            .look(|metadata| Ok::<_, Error>(metadata.catalog.find(&origin)?.entry.id))?;
+        let _change = Change::announce(self, vec![volume]);
         let closing = self.ledger.gate.closing().await;
         let (volume, bytes) = self
             .ledger
@@ -166,6 +171,9 @@ impl Pool {
             Ok::<_, Error>((id(from)?, id(to)?))
         })?;
         let end = Lba(blocks_of(older.1.max(newer.1)));
+        // A map names no page twice, so two of them have at most so many leaves.
+        let leaves_max = 2 * self.ledger.look(|metadata| metadata.space.blocks());
+        let mut leaves = 0;
         let mut extents: Vec<DiffExtent> = Vec::new();
         let mut at = Lba(0);
         while at < end {
@@ -177,6 +185,12 @@ impl Pool {
                     metadata.map.diff(older, newer, at)
                 })
                 .await?;
+            leaves += u64::from(!step.blocks.is_empty());
+            if leaves > leaves_max {
+                let fact =
+                    "differ in more leaves than the pool has room for: pages are named twice";
+                return Err(Error::corrupt(format!("{from} and {to}: {fact}")));
+            }
             for (lba, is_mapped) in step.blocks {
                 let offset = lba.0 * BLOCK_BYTES;
                 let kind = if is_mapped {

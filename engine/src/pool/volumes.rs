@@ -1,6 +1,7 @@
 //! Making, renaming, resizing and removing volumes, and removing snapshots.
 
 use super::Pool;
+use super::attached::Change;
 use super::report::{Redirect, Removal, VolumeOptions};
 use crate::datapath::Counters;
 use crate::device::Device;
@@ -122,6 +123,7 @@ impl Pool {
                 .map(|found| found.entry.clone())
         })?;
         check_size(&shown, bytes, entry.sector_bytes)?;
+        let _change = Change::announce(self, vec![entry.id]);
         let attached = self.attached.lock().get(&entry.id).cloned();
         if bytes < entry.bytes {
             if !allow_shrink {
@@ -171,6 +173,9 @@ impl Pool {
         dry_run: bool,
     ) -> Result<Removal> {
         let _alone = self.control.lock().await;
+        let ids = self.removable(targets, recursive)?;
+        let _change = Change::announce(self, ids);
+        // Again, now that nobody attaches any of it.
         let ids = self.removable(targets, recursive)?;
         let freed_blocks = self.freed_by(device, &ids).await?;
         let paths: Result<Vec<VolumePath>> = ids.iter().map(|id| self.path_of(*id)).collect();
@@ -261,7 +266,8 @@ impl Pool {
             };
             let gone = going.entry(ptr.pba).or_default();
             *gone += 1;
-            if *gone < owners {
+            // Once: a damaged map may name a page more often than it is counted.
+            if *gone != owners {
                 continue;
             }
             freed += 1;
