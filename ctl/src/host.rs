@@ -19,6 +19,7 @@ use blockfork::ublk::{self, Holder};
 use blockfork::units::BLOCK_BYTES;
 use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::AsRawFd;
@@ -556,10 +557,13 @@ impl Host {
                 bytes,
                 allow_shrink,
             } => self.resizable(volume, *bytes, *allow_shrink),
-            Request::Snapshot { targets } => targets.iter().try_for_each(|target| {
-                self.present(&whole(&target.volume))
-                    .and_then(|_| self.absent(target))
-            }),
+            Request::Snapshot { targets } => {
+                self.distinct(targets)?;
+                targets.iter().try_for_each(|target| {
+                    self.present(&whole(&target.volume))
+                        .and_then(|_| self.absent(target))
+                })
+            }
             Request::Clone { snapshot, volume } => self
                 .present(snapshot)
                 .and_then(|_| self.absent(&whole(volume))),
@@ -595,6 +599,17 @@ impl Host {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
             Err(e) => Err(e),
         }
+    }
+
+    fn distinct(&self, targets: &[VolumePath]) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        let Some(path) = targets.iter().find(|path| !seen.insert(*path)) else {
+            return Ok(());
+        };
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!("{}/{path}: is named twice", self.name),
+        ))
     }
 
     fn resizable(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<()> {

@@ -60,8 +60,22 @@ fn usage(error: &clap::Error) -> ExitCode {
     })
 }
 
-/// What is wrong with the command line, in one line.
+/// The longest line about a command line, which repeats what was typed.
+const MISTAKE_CHARS_MAX: usize = 1000;
+
+/// What is wrong with the command line, in one line that can be read.
 fn mistake(error: &clap::Error) -> String {
+    let said = whole_mistake(error);
+    if said.chars().count() <= MISTAKE_CHARS_MAX {
+        return said;
+    }
+    said.chars()
+        .take(MISTAKE_CHARS_MAX)
+        .chain("...".chars())
+        .collect()
+}
+
+fn whole_mistake(error: &clap::Error) -> String {
     // Names and sizes know best what is wrong with them.
     if let Some(source) = error.source() {
         return source.to_string();

@@ -110,6 +110,20 @@ fn names_that_cannot_be_are_usage_errors() {
 }
 
 #[test]
+fn a_snapshot_that_is_named_twice_changes_nothing() {
+    let machine = Machine::with_pool();
+    machine.ok(&["create", "p0/v", "--size", "1M"]);
+    machine.refused_untouched(2, &["snapshot", "p0/v@s", "p0/v@s"]);
+}
+
+#[test]
+fn a_word_of_any_length_is_refused_in_a_line_that_can_be_read() {
+    let machine = Machine::with_pool();
+    let line = machine.refused(2, &["pool", "list", &"x".repeat(100_000)]);
+    assert!(line.len() < 2000, "{} bytes", line.len());
+}
+
+#[test]
 fn sizes_that_cannot_be_are_usage_errors() {
     let machine = Machine::with_pool();
     machine.ok(&["create", "p0/v", "--size", "1M"]);

@@ -207,7 +207,9 @@ pub(crate) fn run(case: Case<'_>) -> Result<(), String> {
     if !is_same {
         machine.spoil();
     }
-    if said.code != Some(0) && !is_same {
+    // What the machine refuses, it refuses when it is asked: the pool is open for writing by then.
+    let is_machine = said.code == Some(3) && words.iter().any(|word| word == "grow");
+    if said.code != Some(0) && !is_same && !is_machine {
         return Err(format!(
             "{}: refused, and something changed: {said:?}",
             shown()
