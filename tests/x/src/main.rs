@@ -7,7 +7,6 @@ mod fuzz;
 mod guest;
 mod hostile;
 mod kill_nbd;
-mod miri;
 mod paths;
 mod power_cut;
 mod quick;
@@ -69,8 +68,8 @@ enum Verb {
     SeededBugs(seeded_bugs::Options),
     /// R10: schedules (shuttle), memory orders (loom) and linearizable histories
     Sched(sched::Options),
-    /// The engine's unit tests under Miri, which finds undefined behaviour
-    Miri,
+    /// R4 of the scorecard: the engine's unit tests under Miri, which finds undefined behaviour
+    Miri(strength::miri::Options),
     /// R5: every decoder, a whole pool and operations on it, under libFuzzer with the address sanitizer
     Fuzz(fuzz::Options),
     /// R13: hostile arguments, socket bytes, images and users against the real program
@@ -146,7 +145,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Churn(options) => return row::churn(&options),
         Verb::SeededBugs(options) => return seeded_bugs::run(&options),
         Verb::Sched(options) => return sched::run(&options),
-        Verb::Miri => return miri::run(),
+        Verb::Miri(options) => return strength::miri::run(&options),
         Verb::Hostile(options) => return hostile::run(&options),
         Verb::Fuzz(options) => return fuzz::run(&options),
         Verb::Tidy { bless } => tidy::run(bless)?,

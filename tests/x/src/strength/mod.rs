@@ -1,6 +1,7 @@
 //! R4 of the scorecard: how much the tests notice where a mistake loses data.
 
 pub mod coverage;
+pub mod miri;
 pub mod mutants;
 
 use std::process::{Command, Stdio};
@@ -25,13 +26,14 @@ const PACKAGES: [&str; 2] = ["blockfork-engine", "blockfork-tests"];
 
 /// Of those packages, the tests on the simulated device. What needs sockets, processes or a kernel would cost more time
 /// than it notices.
-const TARGETS: [&str; 6] = [
+const TARGETS: [&str; 7] = [
     "--lib",
     "--test=crash",
     "--test=hostile_bytes",
     "--test=interleaving",
     "--test=model",
     "--test=promises",
+    "--test=repair",
 ];
 
 /// For suites that go by seeds: how many, so that one run of everything takes some five seconds.

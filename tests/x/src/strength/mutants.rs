@@ -1,7 +1,7 @@
 //! `x mutants`: changes the code in one place at a time, and counts the changes that no test notices.
 //!
-//! cargo-mutants works on a copy of the repository below the build folder, in place, so that one incremental build
-//! serves all mutants of all runs. `.cargo/mutants.toml` has what is left out, with reasons.
+//! Those that the engine's unit tests miss go on to the suites, which take longer. cargo-mutants works on a copy of the
+//! repository below the build folder, in place, so that one incremental build serves all mutants of all runs. `.cargo/mutants.toml` has what is left out, with reasons.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,6 +24,9 @@ pub struct Options {
     /// So many mutants, drawn by the seed [default: 200]; more than there are: all
     #[arg(long)]
     sample: Option<usize>,
+    /// All there are, which takes hours
+    #[arg(long, conflicts_with_all = ["quick", "sample"])]
+    all: bool,
     /// The seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -40,15 +43,34 @@ const ADDRESS_SPACE_KIB: u64 = 12_000_000;
 /// A test run that takes longer hangs: the mutant is noticed.
 const TIMEOUT_SECONDS: &str = "90";
 
+/// Whose tests look at a mutant.
+struct Tests {
+    packages: &'static [&'static str],
+    targets: &'static [&'static str],
+}
+
+/// What builds and runs in seconds.
+const UNIT_TESTS: Tests = Tests {
+    packages: &[PACKAGES[0]],
+    targets: &[TARGETS[0]],
+};
+const EVERYTHING: Tests = Tests {
+    packages: &PACKAGES,
+    targets: &TARGETS,
+};
+
 /// Runs it; the exit status is that of the figures.
 pub fn run(options: &Options) -> Result<ExitCode> {
     require("mutants")?;
     let tree = paths::target().join("mutants/tree");
     copy_sources(&paths::root(), &tree)?;
     let all = list(&tree)?;
-    let wanted = options
-        .sample
-        .unwrap_or(if options.quick { 20 } else { 200 });
+    let wanted = match (options.sample, options.all, options.quick) {
+        (Some(sample), ..) => sample,
+        (None, true, _) => all.len(),
+        (None, false, true) => 20,
+        (None, false, false) => 200,
+    };
     let mut drawn = all.clone();
     drawn.retain(|name| options.only.as_ref().is_none_or(|part| name.contains(part)));
     drawn.sort_by_key(|name| draw(options.seed, name));
@@ -62,7 +84,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         all.len(),
         options.seed
     );
-    let ended = test(&tree, &drawn)?;
+    let first = test(&tree, &drawn, &UNIT_TESTS)?;
+    let ended = if first.survivors.is_empty() {
+        first
+    } else {
+        let mut second = test(&tree, &first.survivors, &EVERYTHING)?;
+        second.caught += first.caught;
+        second
+    };
     for name in &ended.survivors {
         println!("survived: {name}");
     }
@@ -167,17 +196,19 @@ struct Ended {
     survivors: Vec<String>,
 }
 
-fn test(tree: &Path, names: &[String]) -> Result<Ended> {
+fn test(tree: &Path, names: &[String], tests: &Tests) -> Result<Ended> {
     let output = paths::target().join("mutants");
     let mut mutants = cargo_mutants(tree);
     mutants.arg("--in-place").arg("--output").arg(&output);
     mutants.args(["--timeout", TIMEOUT_SECONDS]);
     mutants.args(
-        PACKAGES
+        tests
+            .packages
             .iter()
             .flat_map(|package| ["--test-package", package]),
     );
-    mutants.args(TARGETS.iter().map(|target| format!("--cargo-arg={target}")));
+    let targets = tests.targets.iter();
+    mutants.args(targets.map(|target| format!("--cargo-arg={target}")));
     let escaped: Vec<String> = names.iter().map(|name| escape(name)).collect();
     mutants.args(["--re", &format!("^({})$", escaped.join("|"))]);
     let mut limited = Command::new("sh");
@@ -186,6 +217,8 @@ fn test(tree: &Path, names: &[String]) -> Result<Ended> {
     limited.arg(ADDRESS_SPACE_KIB.to_string());
     limited.arg(mutants.get_program()).args(mutants.get_args());
     limited.env_remove("CARGO_TARGET_DIR").env(SEEDS.0, SEEDS.1);
+    // Nobody looks at a backtrace here.
+    limited.env("CARGO_PROFILE_DEV_DEBUG", "none");
     // As tests are built anyway; otherwise cargo builds the engine a second time, for the binary beside the suites.
     limited.env("CARGO_PROFILE_DEV_PANIC", "unwind");
     let status = limited.status().context("cannot start cargo mutants")?;
