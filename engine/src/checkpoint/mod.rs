@@ -7,7 +7,8 @@
 mod catalog;
 mod load;
 mod superblock;
-#[cfg(test)]
+// Each writes pages by the hundred, which takes Miri minutes.
+#[cfg(all(test, not(miri)))]
 mod tests;
 mod write;
 

@@ -351,7 +351,6 @@ fn freed_runs_go_back_to_the_device_when_they_are_long() {
 
 /// So many volumes that the catalog has two levels of index pages.
 #[test]
-#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_catalog_of_three_levels_is_read_back_and_shrinks_again() {
     let world = World::new();
     world.does(&create(1));

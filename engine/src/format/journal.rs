@@ -313,6 +313,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
     fn a_block_with_one_flipped_bit_is_decayed_and_a_torn_one_is_not() {
         let mut framed = Vec::new();
         for record in records() {

@@ -134,6 +134,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
     fn slots_are_fixed_blocks_and_never_the_same() {
         let journal = journal(1 << 20);
         let mut seen = BTreeSet::from(SUPERBLOCKS);

@@ -70,6 +70,7 @@ mod tests {
     use crate::format::bytes::crc_without;
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
     fn every_single_flipped_bit_is_found_and_two_never_look_like_one() {
         let field = 4..8;
         let mut block = [0; BLOCK_LEN];

@@ -149,6 +149,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
     fn every_flipped_bit_is_found() {
         let mut page = [0; BLOCK_LEN];
         body_mut(&mut page).u64(0x1234_5678);

@@ -244,6 +244,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
     fn a_superblock_round_trips_and_every_flipped_bit_is_found() {
         let mut block = example().encode(Pba(8));
         assert_eq!(

@@ -154,6 +154,7 @@ fn a_commit_reads_back_as_what_was_applied_around_the_journals_end() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_journal_that_is_full_to_its_last_block_is_read_once_around() {
     let (device, from) = (Memory::default(), superblock());
     let count = from.journal.count;
@@ -329,6 +330,7 @@ fn five_blocks(device: &Memory) -> (Superblock, impl Fn(u64) -> Pba) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_flipped_bit_at_the_journals_end_is_damage_and_a_torn_commit_is_not() {
     for index in 0..5 {
         let device = Memory::default();
@@ -369,6 +371,7 @@ fn a_flipped_bit_at_the_journals_end_is_damage_and_a_torn_commit_is_not() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn blocks_of_an_earlier_lap_or_another_pool_say_nothing() {
     let device = Memory::default();
     // An earlier lap filled the whole circle.

@@ -391,6 +391,7 @@ impl Pair {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn maps_equal_lists_of_what_they_map() {
     for seed in 0..10 {
         let mut pair = Pair::new(seed);
@@ -422,6 +423,7 @@ fn maps_equal_lists_of_what_they_map() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn pages_are_evicted_down_to_seven_eighths_and_only_durable_ones() {
     let mut pair = Pair::new(1);
     let mut owner = pair.live[1].clone();
@@ -472,6 +474,7 @@ fn a_page_from_disk_does_not_replace_a_younger_one() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_map_deeper_than_maps_can_be_is_refused_everywhere() {
     let mut pair = Pair::new(1);
     let deep = Root {

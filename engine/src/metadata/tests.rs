@@ -371,6 +371,7 @@ fn an_unmap_of_many_leaves_goes_on_until_its_end() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_catalog_leaves_room_for_the_next_checkpoints_pages() {
     let mut metadata = empty();
     metadata.does(&create(1, "a"));

@@ -306,6 +306,7 @@ impl Pair {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn space_equals_a_list_of_its_blocks() {
     for seed in 0..12 {
         // A region that ends within, and several that do not.
@@ -331,6 +332,7 @@ fn space_equals_a_list_of_its_blocks() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn space_that_grew_equals_space_made_that_large() {
     for (before, after) in [
         (4096, 4097),
@@ -373,6 +375,7 @@ fn a_pool_grows_only_with_the_counts_of_its_last_region_in_memory() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_count_passes_65535_and_comes_back() {
     let mut pair = Pair::new(1, 4096);
     let pba = pair.space.reserve(Pba(2000), 1).unwrap().start;
@@ -458,6 +461,7 @@ fn the_index_names_no_more_than_there_is() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn index_pages_of_a_large_pool_stand_where_a_loader_looks_for_them() {
     let blocks = (INDEX_ENTRIES + 3) * REGION_BLOCKS;
     let mut pair = Pair::new(5, blocks);
