@@ -8,7 +8,8 @@ mod catalog;
 mod load;
 mod superblock;
 // Each writes pages by the hundred, which takes Miri minutes.
-#[cfg(all(test, not(miri)))]
+#[cfg(test)]
+#[cfg(not(miri))]
 mod tests;
 mod write;
 
