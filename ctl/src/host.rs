@@ -20,9 +20,7 @@ use blockfork::units::BLOCK_BYTES;
 use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeSet;
-use std::fs::{self, OpenOptions};
-use std::io::{Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::fs;
 use std::sync::Arc;
 use tracing::{info, warn};
 
@@ -290,26 +288,7 @@ impl Host {
     fn grow(&self, bytes: u64) -> Result<Reply> {
         let _alone = self.devices();
         self.growable(bytes)?;
-        let file = self.device.file();
-        let shown = file.path().display();
-        let failed = |e| Error::io(e, format!("{shown}: cannot be extended"));
-        // Reopened by its descriptor: the same file, whatever its path leads to by now.
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let mut opened = opened.map_err(failed)?;
-        let now = opened.seek(SeekFrom::End(0)).map_err(failed)?;
-        if file.is_block_device() {
-            if bytes > now {
-                return Err(Error::with(
-                    ErrorKind::Invalid,
-                    format!("{shown}: the device holds only {now} bytes; extend the device first"),
-                ));
-            }
-        } else if bytes > now {
-            opened.set_len(bytes).map_err(failed)?;
-        }
+        self.device.file().extend(bytes)?;
         block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
     }
 

@@ -75,9 +75,23 @@ struct Request {
     change: Change,
 }
 
+/// Which steps of a seed's history are taken. Each has random numbers of its own, so that it is the same whether those
+/// before it are left out or not, as far as there is still something for it to do.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Only these, if any are named.
+    pub kept: Option<BTreeSet<u32>>,
+    /// Whether each says on stderr what it does.
+    pub is_told: bool,
+}
+
 /// A pool and its model.
 #[derive(Debug)]
 pub struct Pair {
+    seed: u64,
+    history: History,
+    /// Steps so far, those left out included.
+    steps: u32,
     device: SimDevice,
     /// The pool's size when it was made.
     first_blocks: u64,
@@ -146,6 +160,9 @@ impl Pair {
             4096
         };
         let mut pair = Self {
+            seed,
+            history: History::default(),
+            steps: 0,
             device: SimDevice::with_sector(pool_blocks, sector),
             first_blocks: pool_blocks,
             forked: Vec::new(),
@@ -363,6 +380,7 @@ impl Pair {
             count,
             change,
         } = request.clone();
+        self.tell(&request);
         let attached = self.attached(&volume);
         let content = self.volumes.get_mut(&volume).unwrap();
         let mut buffer = BlockBuf::zeroed(usize::try_from(count).unwrap());
@@ -677,20 +695,20 @@ impl Pair {
                 self.flushed();
                 false
             }
-            58..60 => self.fork(),
-            60..66 => self.flush(),
-            66..67 => self.grow(),
-            67..74 => self.snapshot(),
-            74..78 => self.clone_snapshot(),
-            78..81 => self.rollback(),
-            81..85 => self.remove(),
-            85..87 => self.resize(),
-            87..95 => self.maintain(),
-            95..98 => self.checkpoint(),
-            98 if self.volumes.len() < 6 => {
-                self.create();
+            58..60 => self.told("fork", Self::fork),
+            60..66 => self.told("flush", Self::flush),
+            66..67 => self.told("grow the pool", Self::grow),
+            67..74 => self.told("snapshot", Self::snapshot),
+            74..78 => self.told("clone", Self::clone_snapshot),
+            78..81 => self.told("roll back", Self::rollback),
+            81..85 => self.told("remove", Self::remove),
+            85..87 => self.told("resize", Self::resize),
+            87..95 => self.told("background work", Self::maintain),
+            95..98 => self.told("checkpoint", Self::checkpoint),
+            98 if self.volumes.len() < 6 => self.told("create", |pair| {
+                pair.create();
                 false
-            }
+            }),
             _ => {
                 self.compare_some();
                 false
@@ -698,22 +716,64 @@ impl Pair {
         }
     }
 
+    fn told(&mut self, what: &str, step: impl FnOnce(&mut Self) -> bool) -> bool {
+        self.tell(&what);
+        step(self)
+    }
+
+    fn tell(&self, what: &dyn std::fmt::Debug) {
+        if self.history.is_told {
+            eprintln!("step {}: {what:?}", self.steps - 1);
+        }
+    }
+
+    /// Takes only these steps.
+    #[must_use]
+    pub fn with_history(mut self, history: History) -> Self {
+        self.history = history;
+        self
+    }
+
+    /// Begins a step; whether it is taken.
+    fn begin(&mut self) -> bool {
+        self.steps += 1;
+        let number = u64::from(self.steps);
+        self.rng = Rng::with_seed(self.seed ^ (number << 40));
+        let kept = self.history.kept.as_ref();
+        kept.is_none_or(|kept| kept.contains(&(self.steps - 1)))
+    }
+
+    /// Steps of [`Self::run`]: the operations, and the end of each round.
+    pub fn count(rounds: u32, steps: u32) -> u32 {
+        rounds * (steps + 1)
+    }
+
     /// Runs `steps` operations, then closes or crashes, and compares everything. Repeats `rounds` times.
     pub fn run(&mut self, rounds: u32, steps: u32) {
         for _ in 0..rounds {
             for _ in 0..steps {
-                self.step();
+                if self.begin() {
+                    self.step();
+                }
             }
-            match self.rng.u8(..4) {
-                0 => self.reopen_clean(),
-                1 => self.crash(Loss::None),
-                2 => self.crash(Loss::All),
-                _ => self.crash(Loss::Some),
+            if self.begin() {
+                self.end_round();
             }
-            self.compare_all();
-            self.check();
         }
         self.remove_everything();
+    }
+
+    fn end_round(&mut self) {
+        let ending = self.rng.u8(..4);
+        self.tell(&["close", "kill", "power cut, all lost", "power cut"][usize::from(ending)]);
+        match ending {
+            0 => self.reopen_clean(),
+            1 => self.crash(Loss::None),
+            2 => self.crash(Loss::All),
+            _ => self.crash(Loss::Some),
+        }
+        self.compare_all();
+        self.check();
     }
 
     fn reopen_clean(&mut self) {

@@ -67,6 +67,40 @@ struct State {
     flushes: u64,
     clock: Tick,
     tape: Option<Tape>,
+    room: Option<Room>,
+}
+
+/// The file system below, where it is smaller than the device.
+#[derive(Debug, Default)]
+struct Room {
+    /// Blocks of the file that have their place in the file system.
+    backed: BTreeSet<usize>,
+    /// Blocks that it has free.
+    free: usize,
+    /// Blocks that it keeps for the device's ballast.
+    ballast: usize,
+}
+
+impl Room {
+    /// Gives these bytes their blocks; false where there are not enough.
+    fn back(&mut self, at: usize, bytes: usize) -> bool {
+        let blocks = at / BLOCK..(at + bytes).div_ceil(BLOCK);
+        let new: Vec<usize> = blocks
+            .filter(|block| !self.backed.contains(block))
+            .collect();
+        if new.len() > self.free {
+            return false;
+        }
+        self.free -= new.len();
+        self.backed.extend(new);
+        true
+    }
+
+    fn punch(&mut self, at: usize, bytes: usize) {
+        for block in at.div_ceil(BLOCK)..(at + bytes) / BLOCK {
+            self.free += usize::from(self.backed.remove(&block));
+        }
+    }
 }
 
 /// The simulated device; clones share it.
@@ -118,6 +152,36 @@ impl SimDevice {
                 ended: Some(ended),
             });
         }
+    }
+
+    /// From now on the file system below has so many blocks free; what was written before has its place.
+    pub fn set_room(&self, free: usize) {
+        let mut state = self.0.borrow_mut();
+        let blocks = state.live.bytes() / BLOCK;
+        let mut block = vec![0; BLOCK];
+        let mut is_written = |number: &usize| {
+            state.live.read(number * BLOCK, &mut block);
+            block.iter().any(|byte| *byte != 0)
+        };
+        let backed = (0..blocks).filter(&mut is_written).collect();
+        state.room = Some(Room {
+            backed,
+            free,
+            ballast: 0,
+        });
+    }
+
+    /// Somebody else takes all that the file system has free; how many blocks.
+    pub fn take_all_room(&self) -> usize {
+        let mut state = self.0.borrow_mut();
+        let room = state.room.as_mut().expect("a file system below");
+        std::mem::take(&mut room.free)
+    }
+
+    /// Somebody else gives so many blocks back.
+    pub fn give_room(&self, blocks: usize) {
+        let mut state = self.0.borrow_mut();
+        state.room.as_mut().expect("a file system below").free += blocks;
     }
 
     /// Calls so far.
@@ -236,6 +300,16 @@ impl SimDevice {
         Some(tape.operations.len() - 1)
     }
 
+    /// Gives these bytes their room in the file system below.
+    fn back(&self, at: usize, bytes: usize) -> io::Result<()> {
+        let room = &mut self.0.borrow_mut().room;
+        if room.as_mut().is_none_or(|room| room.back(at, bytes)) {
+            Ok(())
+        } else {
+            Err(error(ENOSPC))
+        }
+    }
+
     fn complete(&self, place: Option<usize>) {
         let mut guard = self.0.borrow_mut();
         let state = &mut *guard;
@@ -337,6 +411,7 @@ impl SystemCalls for SimDevice {
         let count = judge(fault, buffer.len());
         let data = &buffer[..*count.as_ref().unwrap_or(&0)];
         let at = usize::try_from(offset).unwrap();
+        self.back(at, data.len())?;
         let place = self.submit(|| Action::Write(at, data.into()));
         yield_now().await;
         let mut state = self.0.borrow_mut();
@@ -378,8 +453,40 @@ impl SystemCalls for SimDevice {
             state.live.write(start, &[0xde; BLOCK]);
         }
         state.soil(at, bytes);
+        if let Some(room) = &mut state.room {
+            room.punch(at, bytes);
+        }
         drop(state);
         self.complete(place);
+        Ok(())
+    }
+
+    fn allocate_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.back(
+            usize::try_from(offset).unwrap(),
+            usize::try_from(bytes).unwrap(),
+        )
+    }
+
+    fn hold_once(&self, bytes: u64) -> io::Result<bool> {
+        let mut state = self.0.borrow_mut();
+        let Some(room) = &mut state.room else {
+            return Ok(false);
+        };
+        let blocks = usize::try_from(bytes).unwrap() / BLOCK;
+        let more = blocks.saturating_sub(room.ballast);
+        if more > room.free {
+            return Err(error(ENOSPC));
+        }
+        room.free -= more;
+        room.ballast += more;
+        Ok(true)
+    }
+
+    fn release_once(&self) -> io::Result<()> {
+        if let Some(room) = &mut self.0.borrow_mut().room {
+            room.free += std::mem::take(&mut room.ballast);
+        }
         Ok(())
     }
 }

@@ -249,7 +249,7 @@ fn a_close_says_so_and_what_else_the_superblock_is_to_say() {
         .unwrap()
         .superblock;
     assert_eq!((found.generation, found.session), (Generation(2), 41));
-    assert_eq!(now(world.checkpoints.hold()).session, 41);
+    assert_eq!(now(world.checkpoints.hold()).superblock.session, 41);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::{catalog, write_superblocks};
 use crate::device::{BlockBuf, Device};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::format::counts::{encode_counts, encode_index};
 use crate::format::layout::{index_slot, region_slot};
 use crate::format::map_page;
@@ -12,7 +12,7 @@ use crate::journal::{Ledger, State};
 use crate::map::FrozenPage;
 use crate::space::{Fault, FrozenSpace};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
-use crate::units::{BLOCK_LEN, Extent, Generation, Pba, PoolId};
+use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, Pba, PoolId, Seq};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pages are written in runs of at most this many.
@@ -20,13 +20,41 @@ const RUN_BLOCKS: usize = 64;
 /// Shorter runs of freed blocks are not worth a discard.
 const DISCARD_BLOCKS_MIN: u64 = 16;
 
+/// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
+const BALLAST_BLOCKS_MAX: u64 = 4096;
+
 /// Writes checkpoints, one at a time, and remembers the last.
+///
+/// On a sparse file a checkpoint needs room of the file system below. Some is kept back for it, as a ballast; where that
+/// is not enough either, what was frozen waits, and the next attempt begins with it. The journal has its room always, so
+/// that a removal can be recorded meanwhile.
 #[derive(Debug)]
 pub(crate) struct Checkpoints {
-    current: AsyncMutex<Superblock>,
+    current: AsyncMutex<Current>,
     durable: Watermark,
     written: AtomicU64,
     last_ns: AtomicU64,
+}
+
+/// What one lock guards.
+#[derive(Debug)]
+pub(crate) struct Current {
+    /// The last checkpoint that is durable.
+    pub(crate) superblock: Superblock,
+    /// One that lacked room of the file system below.
+    unfinished: Option<Unfinished>,
+    has_ballast: bool,
+}
+
+/// A checkpoint from its freeze on.
+#[derive(Debug)]
+struct Unfinished {
+    frozen: Frozen,
+    /// The number after the last record that it covers.
+    end: Seq,
+    /// The first journal block that it does not cover, and the CRC of the one before.
+    cut: u64,
+    chain: u32,
 }
 
 /// What comes after a checkpoint.
@@ -58,7 +86,11 @@ impl Checkpoints {
     pub(crate) fn new(superblock: Superblock) -> Self {
         Self {
             durable: Watermark::new(superblock.generation.0),
-            current: AsyncMutex::new(superblock),
+            current: AsyncMutex::new(Current {
+                superblock,
+                unfinished: None,
+                has_ballast: false,
+            }),
             written: AtomicU64::new(0),
             last_ns: AtomicU64::new(0),
         }
@@ -74,7 +106,7 @@ impl Checkpoints {
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
-    pub(crate) async fn hold(&self) -> AsyncMutexGuard<'_, Superblock> {
+    pub(crate) async fn hold(&self) -> AsyncMutexGuard<'_, Current> {
         self.current.lock().await
     }
 
@@ -85,8 +117,19 @@ impl Checkpoints {
         change: impl FnOnce(&mut Superblock),
     ) -> Result<()> {
         let mut current = self.current.lock().await;
-        change(&mut current);
-        write_superblocks(device, &current, async || device.flush().await).await
+        change(&mut current.superblock);
+        write_superblocks(device, &current.superblock, async || device.flush().await).await
+    }
+
+    /// Takes the room that commits and checkpoints need of the file system below, as far as it has it.
+    pub(crate) async fn take_room<D: Device>(&self, device: &D) {
+        let mut current = self.current.lock().await;
+        let journal = current.superblock.journal;
+        let bytes = journal.count * BLOCK_BYTES;
+        if let Err(error) = device.allocate(journal.start.offset(), bytes) {
+            tracing::warn!(%error, "the journal has not all of its room in the file system");
+        }
+        current.hold_ballast(device);
     }
 
     /// Writes a checkpoint of everything applied before the call.
@@ -111,7 +154,7 @@ impl Checkpoints {
         device: &D,
     ) -> Result<()> {
         let current = self.current.lock().await;
-        if current.generation > seen {
+        if current.superblock.generation > seen {
             return Ok(());
         }
         self.write_next(current, ledger, device, Ending::GoOn, |_| {})
@@ -120,13 +163,16 @@ impl Checkpoints {
 
     async fn write_next<D: Device>(
         &self,
-        mut current: AsyncMutexGuard<'_, Superblock>,
+        mut current: AsyncMutexGuard<'_, Current>,
         ledger: &Ledger,
         device: &D,
         ending: Ending,
         restate: impl FnOnce(&mut Superblock),
     ) -> Result<()> {
         let started = ledger.clock.monotonic_ns();
+        if current.unfinished.is_some() {
+            self.finish(&mut current, ledger, device, |_| {}).await?;
+        }
         let closing = ledger.gate.closing().await;
         let mut commit = ledger.hold_commits().await;
         ledger.check_poison()?;
@@ -143,47 +189,96 @@ impl Checkpoints {
         };
         // The data that the frozen maps name, before anything durable names it.
         ledger.flush_device(device).await?;
-        let fits = ledger.write_if_fits(device, &mut commit, &batch).await?;
-        let (cut, chain) = (commit.tail.next, commit.tail.chain);
         // Where the journal has no room for what the checkpoint covers, nobody may append behind the gap.
-        let held = (!fits).then_some(commit);
+        commit.has_gap = !ledger.write_if_fits(device, &mut commit, &batch).await?;
+        let (cut, chain) = (commit.tail.next, commit.tail.chain);
+        drop(commit);
         // Whoever looked something up before the freeze may still use what was released before it.
         closing.drained().await;
-
-        ledger.poison_on(write_pages(device, ledger.pool, &frozen).await)?;
-        ledger.flush_device(device).await?;
-        let mut next = current.clone();
-        next.generation = frozen.generation;
-        next.blocks = frozen.blocks;
-        next.is_clean = ending == Ending::Close;
-        next.journal_block = cut;
-        next.journal_chain = chain;
-        next.seq = batch.end;
-        next.next_id = frozen.next_id;
-        next.catalog = frozen.catalog_top;
-        next.catalog_level = frozen.catalog_level;
-        next.catalog_slots = frozen.catalog_slots;
-        next.counts = frozen.space.top;
-        restate(&mut next);
-        let flush = async || ledger.flush_device(device).await;
-        ledger.poison_on(write_superblocks(device, &next, flush).await)?;
-        *current = next;
-
-        self.durable.raise(frozen.generation.0);
-        ledger.set_durable(batch.end);
-        let mut commit = match held {
-            Some(commit) => commit,
-            None => ledger.hold_commits().await,
+        current.unfinished = Some(Unfinished {
+            frozen,
+            end: batch.end,
+            cut,
+            chain,
+        });
+        let restate = |superblock: &mut Superblock| {
+            superblock.is_clean = ending == Ending::Close;
+            restate(superblock);
         };
-        commit.tail.oldest = cut;
-        drop(commit);
-        discard(device, &frozen.pending).await;
-        ledger.adjust(|metadata| metadata.space.reuse(&frozen.pending));
-        self.written.fetch_add(1, Ordering::Relaxed);
+        self.finish(&mut current, ledger, device, restate).await?;
         self.last_ns
             .store(ledger.clock.monotonic_ns() - started, Ordering::Relaxed);
         Ok(())
     }
+
+    /// Writes what was frozen. Where the file system below has no room for it, it stays for the next attempt.
+    async fn finish<D: Device>(
+        &self,
+        current: &mut Current,
+        ledger: &Ledger,
+        device: &D,
+        restate: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
+        ledger.check_poison()?;
+        let Some(unfinished) = current.unfinished.take() else {
+            return Ok(());
+        };
+        let frozen = &unfinished.frozen;
+        let mut written = write_pages(device, ledger.pool, frozen).await;
+        if lacks_room(&written) {
+            device.release_ballast();
+            current.has_ballast = false;
+            written = write_pages(device, ledger.pool, frozen).await;
+        }
+        if lacks_room(&written) {
+            // Nothing durable names these pages yet, and whole writes were refused: they are written again.
+            current.unfinished = Some(unfinished);
+            return written;
+        }
+        ledger.poison_on(written)?;
+        ledger.flush_device(device).await?;
+        let mut next = current.superblock.clone();
+        next.generation = frozen.generation;
+        next.blocks = frozen.blocks;
+        next.is_clean = false;
+        next.journal_block = unfinished.cut;
+        next.journal_chain = unfinished.chain;
+        next.seq = unfinished.end;
+        next.next_id = frozen.next_id;
+        next.catalog = frozen.catalog_top;
+        next.catalog_level = frozen.catalog_level;
+        next.catalog_slots = frozen.catalog_slots;
+        next.counts.clone_from(&frozen.space.top);
+        restate(&mut next);
+        let flush = async || ledger.flush_device(device).await;
+        ledger.poison_on(write_superblocks(device, &next, flush).await)?;
+        current.superblock = next;
+
+        self.durable.raise(frozen.generation.0);
+        ledger.set_durable(unfinished.end);
+        let mut commit = ledger.hold_commits().await;
+        commit.tail.oldest = unfinished.cut;
+        commit.has_gap = false;
+        drop(commit);
+        discard(device, &frozen.pending).await;
+        ledger.adjust(|metadata| metadata.space.reuse(&frozen.pending));
+        current.hold_ballast(device);
+        self.written.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Current {
+    fn hold_ballast<D: Device>(&mut self, device: &D) {
+        if !self.has_ballast {
+            let blocks = (self.superblock.blocks / 256).min(BALLAST_BLOCKS_MAX);
+            self.has_ballast = device.hold_ballast(blocks * BLOCK_BYTES);
+        }
+    }
+}
+
+fn lacks_room(written: &Result<()>) -> bool {
+    matches!(written, Err(error) if error.kind() == ErrorKind::OutOfSpace)
 }
 
 fn freeze(state: &mut State) -> Result<Frozen, Fault> {

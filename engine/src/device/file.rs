@@ -10,6 +10,7 @@
 
 use super::{SystemCalls, backing};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Mutex;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -40,6 +41,8 @@ pub struct PoolFile {
     is_direct: bool,
     is_block_device: bool,
     sector_bytes: u64,
+    /// Whoever changes the file's length, or relies on it for a moment.
+    length: Mutex<()>,
 }
 
 const LOCK_POLL: Duration = Duration::from_millis(20);
@@ -102,6 +105,7 @@ impl PoolFile {
             path: path.to_owned(),
             is_direct,
             is_block_device,
+            length: Mutex::new(()),
         })
     }
 
@@ -142,6 +146,78 @@ impl PoolFile {
         self.file.sync_all().map_err(failed)?;
         self.bytes = bytes;
         Ok(())
+    }
+
+    /// Makes a file at least so long; the next flush makes that durable. A device has to be so long already.
+    pub fn extend(&self, bytes: u64) -> Result<()> {
+        let failed = |e| Error::io(e, format!("{}: cannot be extended", self.path.display()));
+        let _alone = self.length.lock();
+        if self.is_block_device {
+            let held = block_device_bytes(&self.file).map_err(failed)?;
+            if bytes > held {
+                return Err(Error::with(
+                    ErrorKind::Invalid,
+                    format!(
+                        "{}: the device holds only {held} bytes; extend the device first",
+                        self.path.display()
+                    ),
+                ));
+            }
+        } else if bytes > self.file.metadata().map_err(failed)?.len() {
+            self.file.set_len(bytes).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a range its blocks in the file system, without a change of the file's length; success also where the file
+    /// system cannot.
+    pub(crate) fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if self.is_block_device {
+            return Ok(());
+        }
+        unless_unsupported(self.fallocate(libc::FALLOC_FL_KEEP_SIZE, offset, bytes)).map(drop)
+    }
+
+    /// Keeps blocks of the file system back, beyond the end of the file. Whether it could.
+    pub(crate) fn hold_ballast(&self, bytes: u64) -> io::Result<bool> {
+        if self.is_block_device {
+            return Ok(false);
+        }
+        let _alone = self.length.lock();
+        let end = self.file.metadata()?.len();
+        unless_unsupported(self.fallocate(libc::FALLOC_FL_KEEP_SIZE, end, bytes))
+    }
+
+    /// Frees the blocks beyond the end of the file.
+    pub(crate) fn release_ballast(&self) -> io::Result<()> {
+        if self.is_block_device {
+            return Ok(());
+        }
+        let _alone = self.length.lock();
+        // Setting the length that it has frees what lies behind it; to punch there does not on ext4.
+        self.file.set_len(self.file.metadata()?.len())
+    }
+
+    fn fallocate(&self, mode: i32, offset: u64, bytes: u64) -> io::Result<()> {
+        let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        // SAFETY: fallocate takes integers; the descriptor is open.
+        match unsafe { libc::fallocate(self.as_raw_fd(), mode, offset, bytes) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+/// Whether it was done, where a file system or a device that has no such operation is no failure.
+fn unless_unsupported(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(e) => match e.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS) => Ok(false),
+            _ => Err(e),
+        },
     }
 }
 
@@ -271,26 +347,29 @@ impl SystemCalls for FileDevice {
     }
 
     async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let fd = self.file.as_raw_fd();
-        let failed = if self.file.is_block_device {
+        let punched = if self.file.is_block_device {
             let range = [offset, bytes];
             // SAFETY: the ioctl reads two u64, to which the pointer leads.
-            unsafe { libc::ioctl(fd, BLKDISCARD, range.as_ptr()) != 0 }
+            match unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
         } else {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else {
-                return Err(io::ErrorKind::InvalidInput.into());
-            };
-            // SAFETY: fallocate takes integers; the descriptor is open.
-            unsafe { libc::fallocate(fd, mode, offset, bytes) != 0 }
+            self.file.fallocate(mode, offset, bytes)
         };
-        if !failed {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        match source.raw_os_error() {
-            Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS) => Ok(()),
-            _ => Err(source),
-        }
+        unless_unsupported(punched).map(drop)
+    }
+
+    fn allocate_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.file.allocate(offset, bytes)
+    }
+
+    fn hold_once(&self, bytes: u64) -> io::Result<bool> {
+        self.file.hold_ballast(bytes)
+    }
+
+    fn release_once(&self) -> io::Result<()> {
+        self.file.release_ballast()
     }
 }

@@ -33,4 +33,18 @@ pub trait Device {
 
     /// Says that the bytes are not needed any more; what they read as afterwards is unspecified.
     async fn discard(&self, offset: u64, bytes: u64) -> Result<()>;
+
+    /// Gives the bytes from `offset` their room in the file system below, so that writing them cannot lack it. Success
+    /// also where that cannot be had in advance.
+    fn allocate(&self, _offset: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Keeps so much room of the file system below back, for [`Device::release_ballast`] to give. Whether it is kept.
+    fn hold_ballast(&self, _bytes: u64) -> bool {
+        false
+    }
+
+    /// Gives the room that was kept back to whoever writes next.
+    fn release_ballast(&self) {}
 }

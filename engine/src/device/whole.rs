@@ -28,6 +28,21 @@ pub trait SystemCalls {
 
     /// Frees the bytes below; success also where the file system or the device cannot, since a discard is advice.
     async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()>;
+
+    /// `fallocate(2)` within the file; success also where the file system has no such thing.
+    fn allocate_once(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// `fallocate(2)` beyond the end of the file, which stays where it is. Whether there is something to give back.
+    fn hold_once(&self, _bytes: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Frees what lies beyond the end of the file.
+    fn release_once(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Counts how often an operation was put off.
@@ -134,6 +149,32 @@ impl<C: SystemCalls> Device for C {
             {
                 return Ok(());
             }
+        }
+    }
+
+    fn allocate(&self, offset: u64, bytes: u64) -> Result<()> {
+        let mut patience = Patience::new();
+        loop {
+            let judged = patience.judge(self.allocate_once(offset, bytes));
+            if judged
+                .map_err(|e| failed(self.path(), e, "allocating", offset))?
+                .is_some()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    fn hold_ballast(&self, bytes: u64) -> bool {
+        self.hold_once(bytes).unwrap_or_else(|error| {
+            tracing::debug!(%error, "no room of the file system below is kept back");
+            false
+        })
+    }
+
+    fn release_ballast(&self) {
+        if let Err(error) = self.release_once() {
+            tracing::debug!(%error, "what was kept back cannot be given");
         }
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Tail {
 #[derive(Debug)]
 pub(crate) struct Commit {
     pub(crate) tail: Tail,
+    /// Records that a checkpoint covers were left out behind the tail: until it is durable nothing may follow them.
+    pub(crate) has_gap: bool,
     /// Requests up to this one are covered.
     covered: u64,
 }
@@ -51,7 +53,11 @@ pub(crate) enum Committed {
 
 impl Commit {
     pub(crate) fn new(tail: Tail) -> Self {
-        Self { tail, covered: 0 }
+        Self {
+            tail,
+            has_gap: false,
+            covered: 0,
+        }
     }
 
     fn free_blocks(&self) -> u64 {
@@ -60,7 +66,7 @@ impl Commit {
 
     /// Whether so many pending bytes surely fit. A block holds more than 3,500 of them, whatever its records' sizes.
     pub(super) fn fits(&self, bytes: usize) -> bool {
-        (bytes as u64 / 3500) < self.free_blocks()
+        !self.has_gap && (bytes as u64 / 3500) < self.free_blocks()
     }
 }
 

@@ -70,13 +70,14 @@ impl Pool {
             }
             first.push(format!("no checkpoint can be written: {error}"));
         }
-        let superblock = self.checkpoints.hold().await;
+        let current = self.checkpoints.hold().await;
+        let superblock = &current.superblock;
         let (generation, all) = (superblock.generation, BTreeSet::new());
         let (mut unapplied, mut losses) = (None, Losses::default());
         let metadata = if self.is_read_only {
-            first.extend(superblock_faults(device, &superblock).await?);
+            first.extend(superblock_faults(device, superblock).await?);
             let (was_clean, warnings) = (superblock.is_clean, &mut Vec::new());
-            match load_current(device, &superblock, was_clean, &self.ring, warnings).await {
+            match load_current(device, superblock, was_clean, &self.ring, warnings).await {
                 Ok((metadata, _)) => Some(metadata),
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     unapplied = Some(error);
@@ -90,7 +91,7 @@ impl Pool {
         let metadata = if let Some(metadata) = metadata {
             metadata
         } else {
-            let (metadata, lost) = load_readable(device, &superblock).await?;
+            let (metadata, lost) = load_readable(device, superblock).await?;
             losses = lost;
             metadata
         };
@@ -99,7 +100,7 @@ impl Pool {
         if let Some(error) = unapplied {
             // Counts are held against the checkpoint that they belong to, but what cannot be read is what a reader of
             // this pool cannot.
-            report.unreadable = self.unreadable_now(device, &superblock).await?;
+            report.unreadable = self.unreadable_now(device, superblock).await?;
             if report.damage.is_empty() {
                 first.push(format!(
                     "what no checkpoint covers cannot be applied: {error}"

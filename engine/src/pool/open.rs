@@ -110,6 +110,11 @@ impl Pool {
             catalog_slots: 0,
             counts: Box::new([IndexEntry::default(); TOP_ENTRIES]),
         };
+        // On a sparse file, so that no commit ever lacks room.
+        device.allocate(
+            superblock.journal.start.offset(),
+            superblock.journal.count * BLOCK_BYTES,
+        )?;
         write_superblocks(device, &superblock, async || device.flush().await).await
     }
 
@@ -196,6 +201,7 @@ impl Pool {
         } else {
             pool.checkpoints.restate(device, restate).await?;
         }
+        pool.checkpoints.take_room(device).await;
         if let RingPlace::File { path, .. } = &pool.ring {
             let owner = RingOwner {
                 pool: pool.id(),

@@ -103,4 +103,18 @@ impl SystemCalls for RingDevice {
         }
         outcome(result).map(drop)
     }
+
+    // Rare, and short: not worth a way through the ring.
+
+    fn allocate_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.file.allocate(offset, bytes)
+    }
+
+    fn hold_once(&self, bytes: u64) -> io::Result<bool> {
+        self.file.hold_ballast(bytes)
+    }
+
+    fn release_once(&self) -> io::Result<()> {
+        self.file.release_ballast()
+    }
 }

@@ -28,16 +28,28 @@ fn a_full_file_system_below_the_pool_refuses_new_blocks_and_loses_nothing() {
         other.holds(0, 8 * MIB, 3),
         "an exclusive block was not overwritten"
     );
-    shell(&format!("rm {ballast}"));
-    // A commit that found no room has made the pool refuse writes until it is opened again.
-    pool.kill_daemon();
-    pool.recover();
-    device.fill(32 * MIB, 8 * MIB, 4);
-    assert!(device.holds(32 * MIB, 8 * MIB, 4));
+    pool.snapshot("w@t");
+    shell(&format!(
+        "blkdiscard -o {} -l {MIB} {}",
+        7 * MIB,
+        other.path
+    ));
     pool.detach("v@s");
     pool.ctl(&["rollback", &pool.target("v@s")]);
     assert!(device.holds(0, 16 * MIB, 1));
-    assert!(other.holds(0, 8 * MIB, 3));
+    pool.kill_daemon();
+    pool.recover();
+    assert!(device.holds(0, 16 * MIB, 1));
+    assert!(other.holds(0, 7 * MIB, 3));
+    // What the pool itself gives up is room again.
+    pool.detach("v");
+    pool.ctl(&["rm", "--recursive", "--wait", &pool.target("v")]);
+    other.fill(8 * MIB, 8 * MIB, 5);
+    assert!(other.holds(8 * MIB, 8 * MIB, 5));
+    shell(&format!("rm {ballast}"));
+    other.fill(16 * MIB, 8 * MIB, 6);
+    assert!(other.holds(16 * MIB, 8 * MIB, 6));
+    assert!(pool.attach("w@t").holds(0, 8 * MIB, 3));
     pool.check();
 }
 

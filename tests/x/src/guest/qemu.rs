@@ -59,8 +59,8 @@ impl Drop for Running {
     }
 }
 
-/// Boots the machine and waits for its end. A kernel that dies before the guest's first line is started again: an
-/// emulated one does now and then, and nothing of ours has run.
+/// Boots the machine and waits for its end. Where an emulated kernel dies, as it does now and then, that says nothing of
+/// what ran on it, and the machine is started again; but one with disks only while nothing of ours has run.
 pub(super) fn boot(
     machine: &Machine<'_>,
     watch: &mut dyn FnMut(Option<&str>) -> Go,
@@ -68,7 +68,7 @@ pub(super) fn boot(
     for _ in 1..BOOTS_MAX {
         let console = run(machine, watch)?;
         match &console.panic {
-            Some(panic) if !console.is_up => eprintln!(
+            Some(panic) if !console.is_up || machine.disks.is_empty() => eprintln!(
                 "x: booting again: the guest's kernel died{}\n{panic}",
                 console.before_the_end()
             ),
