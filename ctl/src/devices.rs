@@ -174,6 +174,17 @@ impl Devices {
         self.save()
     }
 
+    /// The frontend of a device that was added.
+    pub(crate) fn serve(&mut self, path: &VolumePath, served: Served) -> Result<DeviceRow> {
+        let mut slots = self.slots.iter_mut();
+        let Some(slot) = slots.find(|slot| slot.entry.path == *path) else {
+            let message = format!("{}/{path}: is not among the devices", self.pool);
+            return Err(Error::with(ErrorKind::NotFound, message));
+        };
+        slot.served = Some(served);
+        Ok(slot.row())
+    }
+
     /// Takes a device out; the file still names it until [`Devices::save`].
     pub(crate) fn take(&mut self, path: &VolumePath) -> Option<Slot> {
         let index = self

@@ -296,35 +296,33 @@ impl Host {
         let mut devices = self.devices();
         self.refuse_second(&devices, path)?;
         let attached = self.pool.attach(path, options.read_only)?;
-        let served = match ublk::Served::add(self.device.file().clone(), attached.clone(), options)
-        {
+        let announce = |state| {
+            devices.add(Slot {
+                entry: DeviceEntry {
+                    path: path.clone(),
+                    id: attached.id(),
+                    read_only: attached.is_read_only(),
+                    state,
+                },
+                served: None,
+                fault: None,
+            })
+        };
+        let file = self.device.file().clone();
+        let served = match ublk::Served::add(file, attached.clone(), options, announce) {
             Ok(served) => served,
             Err(e) => {
                 attached.detach();
+                // A name too many does no harm: the kernel has no such device.
+                if devices.take(path).is_some()
+                    && let Err(unsaved) = devices.save()
+                {
+                    warn!("{}", one_line(&unsaved));
+                }
                 return Err(e);
             }
         };
-        let entry = DeviceEntry {
-            path: path.clone(),
-            id: attached.id(),
-            read_only: attached.is_read_only(),
-            state: served.state(),
-        };
-        debug_assert_eq!(served.path().to_str(), Some(entry.node().as_str()));
-        let slot = Slot {
-            entry,
-            served: Some(served),
-            fault: None,
-        };
-        let row = slot.row();
-        if let Err(e) = devices.add(slot) {
-            // A device that no file names would be lost with the daemon, so it must not be used.
-            if let Some(served) = devices.take(path).and_then(|slot| slot.served) {
-                served.remove()?;
-            }
-            attached.detach();
-            return Err(e);
-        }
+        let row = devices.serve(path, served)?;
         devices
             .find(path)
             .into_iter()

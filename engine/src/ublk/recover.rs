@@ -148,24 +148,28 @@ pub(super) fn take_over(state: &DeviceState) -> Result<()> {
             );
             return Err(Error::with(ErrorKind::Unsupported, message));
         }
-        if device.phase == Phase::Dead {
+        let is_dead = device.phase == Phase::Dead;
+        if is_dead && holders::openers(&char_path(dev_id)).is_empty() {
+            // Nobody can use it, and nobody else will clean it away.
+            steps::delete(dev_id)?;
             let message =
                 format!("{shown}: was never started, or was stopped; attach the volume anew");
             return Err(Error::with(ErrorKind::NotFound, message));
         }
-        let started = Ask::of(dev_id, "START_USER_RECOVERY").run(move |commands| match commands
-            .start_recovery(dev_id)
-        {
-            Ok(()) => Ok(true),
-            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
-            Err(e) => {
-                let shown = block_path(dev_id);
-                Err(Error::io(
-                    e,
-                    format!("{}: cannot be recovered", shown.display()),
-                ))
-            }
-        })?;
+        let started = !is_dead
+            && Ask::of(dev_id, "START_USER_RECOVERY").run(move |commands| {
+                match commands.start_recovery(dev_id) {
+                    Ok(()) => Ok(true),
+                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+                    Err(e) => {
+                        let shown = block_path(dev_id);
+                        Err(Error::io(
+                            e,
+                            format!("{}: cannot be recovered", shown.display()),
+                        ))
+                    }
+                }
+            })?;
         if started {
             return Ok(());
         }

@@ -93,11 +93,13 @@ pub struct Served {
 }
 
 impl Served {
-    /// Makes a device and serves it: returns once `/dev/ublkbN` is usable. Blocks.
+    /// Makes a device and serves it: returns once `/dev/ublkbN` is usable. Blocks. `announce` notes the device where the
+    /// next daemon looks, before anybody can use it.
     pub fn add(
         file: Arc<PoolFile>,
         attached: Arc<Attached>,
         options: &DeviceOptions,
+        announce: impl FnOnce(DeviceState) -> Result<()>,
     ) -> Result<Self> {
         let geometry = Geometry {
             bytes: attached.bytes(),
@@ -121,7 +123,9 @@ impl Served {
                 .start(dev_id)
                 .map_err(|e| Error::io(e, format!("{shown}: cannot be started")))
         };
-        match served.while_serving("START_DEV", start) {
+        let started =
+            announce(served.state()).and_then(|()| served.while_serving("START_DEV", start));
+        match started {
             Ok(()) => Ok(served.settled()),
             Err(error) => {
                 served.give_up();
