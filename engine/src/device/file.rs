@@ -105,7 +105,7 @@ impl PoolFile {
             path: path.to_owned(),
             is_direct,
             is_block_device,
-            length: Mutex::new(()),
+            length: Mutex::default(),
         })
     }
 

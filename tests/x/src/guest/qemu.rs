@@ -262,7 +262,7 @@ impl Console {
         }
         let lines: Vec<_> = self.boot.lines().collect();
         let tail = lines
-            .get(lines.len().saturating_sub(15)..)
+            .get(lines.len().saturating_sub(40)..)
             .unwrap_or_default();
         format!(" before it was up; its last words:\n{}", tail.join("\n"))
     }
