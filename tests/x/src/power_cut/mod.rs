@@ -152,7 +152,9 @@ fn measure(options: &Options) -> Result<Vec<Figure>> {
     }
     let mut card = Card::new("R7b", options.quick, Some(options.seed));
     card.at_least("power cuts", witness.cuts, wanted);
-    card.at_least("sectors that the cuts lost", witness.lost, wanted);
+    // A few cuts may all have come right behind a flush, when there is next to nothing to lose.
+    let least_lost = if options.quick { 1 } else { wanted };
+    card.at_least("sectors that the cuts lost", witness.lost, least_lost);
     card.at_least("synced files looked for", witness.files, wanted);
     card.at_least("snapshots replayed and checked", witness.snapshots, wanted);
     card.none("violations", witness.faults);
