@@ -155,16 +155,7 @@ fn report(options: &Options, targets: &[String], sum: &Outcome, least: u64) -> R
     card.none("fuzz crashes", sum.crashes);
     card.none("fuzz hangs", sum.hangs);
     card.none("fuzz inputs beyond the memory limit", sum.out_of_memory);
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(file) = &options.json {
-        score::write_json(&figures, file)?;
-    }
-    Ok(if score::all_pass(&figures) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
 fn share(target: &str) -> u64 {

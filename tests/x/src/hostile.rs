@@ -89,14 +89,5 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         waited,
         Target::AtMost(WAITED_MS_MAX),
     );
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(file) = &options.json {
-        score::write_json(&figures, file)?;
-    }
-    Ok(if score::all_pass(&figures) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }

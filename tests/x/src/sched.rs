@@ -33,11 +33,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     models(&mut card)?;
     let mut figures = card.into_figures();
     figures.extend(histories(options)?);
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(path) = &options.json {
-        score::write_json(&figures, path)?;
-    }
-    Ok(ExitCode::from(u8::from(!score::all_pass(&figures))))
+    crate::row::report(&figures, options.json.as_deref())
 }
 
 /// A cargo that builds with another `cfg`, in a folder of its own, so that the usual build stays as it is.

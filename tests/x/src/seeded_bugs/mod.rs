@@ -113,16 +113,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     card.none("finders that fail on the clean tree", false_alarms);
     card.add("seconds for the slowest", slowest, Target::AtMost(60.0));
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(path) = &options.json {
-        score::write_json(&figures, path)?;
-    }
-    Ok(if score::all_pass(&figures) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
 /// Puts one bug back and runs its finder. A patch that does not apply or build finds nothing.

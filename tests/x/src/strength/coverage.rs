@@ -75,16 +75,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         percent(reached, all),
         Target::AtLeast(95.0),
     );
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(path) = &options.json {
-        score::write_json(&figures, path)?;
-    }
-    Ok(if score::all_pass(&figures) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^53")]

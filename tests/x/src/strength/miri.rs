@@ -64,12 +64,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     // What else ends a run: a test that failed, or a call that Miri does not know.
     let others = u64::from(!status.success() && seen.undefined == 0);
     card.none("other failures under Miri", seen.failed.max(others));
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(path) = &options.json {
-        score::write_json(&figures, path)?;
-    }
-    Ok(ExitCode::from(u8::from(!score::all_pass(&figures))))
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
 /// Passes lines on as they come, and keeps them.

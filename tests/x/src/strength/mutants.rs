@@ -101,16 +101,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut card = Card::new("R4", drawn.len() < all.len(), Some(options.seed));
     card.at_least("mutants tested", tested as u64, drawn.len() as u64 * 3 / 4);
     card.add("% of mutants caught", percent, Target::AtLeast(90.0));
-    let figures = card.into_figures();
-    score::print(&figures, &mut std::io::stdout())?;
-    if let Some(path) = &options.json {
-        score::write_json(&figures, path)?;
-    }
-    Ok(if score::all_pass(&figures) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
 /// Makes `tree` hold the repository's files as they are now. What is the same stays untouched: cargo goes by the time
