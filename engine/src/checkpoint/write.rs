@@ -13,7 +13,7 @@ use crate::map::FrozenPage;
 use crate::space::{Fault, FrozenSpace};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
 use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, Pba, PoolId, Seq};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Pages are written in runs of at most this many.
 const RUN_BLOCKS: usize = 64;
@@ -31,6 +31,8 @@ const BALLAST_BLOCKS_MAX: u64 = 4096;
 #[derive(Debug)]
 pub(crate) struct Checkpoints {
     current: AsyncMutex<Current>,
+    /// Whether one waits for room of the file system below.
+    lacks_room: AtomicBool,
     durable: Watermark,
     written: AtomicU64,
     last_ns: AtomicU64,
@@ -91,6 +93,7 @@ impl Checkpoints {
                 unfinished: None,
                 has_ballast: false,
             }),
+            lacks_room: AtomicBool::new(false),
             written: AtomicU64::new(0),
             last_ns: AtomicU64::new(0),
         }
@@ -103,6 +106,11 @@ impl Checkpoints {
             self.written.load(Ordering::Relaxed),
             self.last_ns.load(Ordering::Relaxed),
         )
+    }
+
+    /// Whether a checkpoint waits for room of the file system below.
+    pub(crate) fn lacks_room(&self) -> bool {
+        self.lacks_room.load(Ordering::Relaxed)
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
@@ -230,6 +238,8 @@ impl Checkpoints {
             current.has_ballast = false;
             written = write_pages(device, ledger.pool, frozen).await;
         }
+        self.lacks_room
+            .store(lacks_room(&written), Ordering::Relaxed);
         if lacks_room(&written) {
             // Nothing durable names these pages yet, and whole writes were refused: they are written again.
             current.unfinished = Some(unfinished);

@@ -171,7 +171,7 @@ impl PoolFile {
 
     /// Gives a range its blocks in the file system, without a change of the file's length; success also where the file
     /// system cannot.
-    pub(crate) fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+    fn allocate(&self, offset: u64, bytes: u64) -> io::Result<()> {
         if self.is_block_device {
             return Ok(());
         }
@@ -179,7 +179,7 @@ impl PoolFile {
     }
 
     /// Keeps blocks of the file system back, beyond the end of the file. Whether it could.
-    pub(crate) fn hold_ballast(&self, bytes: u64) -> io::Result<bool> {
+    fn hold_ballast(&self, bytes: u64) -> io::Result<bool> {
         if self.is_block_device {
             return Ok(false);
         }
@@ -189,7 +189,7 @@ impl PoolFile {
     }
 
     /// Frees the blocks beyond the end of the file.
-    pub(crate) fn release_ballast(&self) -> io::Result<()> {
+    fn release_ballast(&self) -> io::Result<()> {
         if self.is_block_device {
             return Ok(());
         }

@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const COMMIT_NS: u64 = 1_000_000_000;
 /// A checkpoint is written at the latest so long after the one before, if anything changed.
 const CHECKPOINT_NS: u64 = 30_000_000_000;
+/// How often a checkpoint is tried that waits for room of the file system below: each try writes all that there is room for.
+const ROOM_NS: u64 = 1_000_000_000;
 /// Leaves that one call of [`Pool::maintain`] returns.
 const RECLAIM_STEPS: u32 = 64;
 
@@ -88,6 +90,10 @@ impl Pool {
 
     fn wants_checkpoint(&self, now: u64, reclaim_goes_on: bool) -> bool {
         let work = &self.maintenance;
+        let since = now.saturating_sub(work.checkpointed_ns.load(Ordering::Relaxed));
+        if self.checkpoints.lacks_room() {
+            return since >= ROOM_NS;
+        }
         let is_journal_half_full = self
             .ledger
             .journal_usage()
@@ -102,8 +108,7 @@ impl Pool {
         });
         let is_space_short = pending > 0 && (pending > blocks / 8 || free < pending);
         let reclaim_ended = !reclaim_goes_on && work.has_reclaimed.load(Ordering::Relaxed);
-        let is_due = now.saturating_sub(work.checkpointed_ns.load(Ordering::Relaxed))
-            >= CHECKPOINT_NS
+        let is_due = since >= CHECKPOINT_NS
             && self
                 .ledger
                 .journal_usage()

@@ -69,6 +69,8 @@ impl RingDevice {
     }
 }
 
+/// Room is kept back and given by other threads: to change what a file occupies waits for direct I/O on it, which may in
+/// turn wait for its own thread to take its completion.
 impl SystemCalls for RingDevice {
     fn path(&self) -> &Path {
         self.file.path()
@@ -102,19 +104,5 @@ impl SystemCalls for RingDevice {
             return Ok(());
         }
         outcome(result).map(drop)
-    }
-
-    // Rare, and short: not worth a way through the ring.
-
-    fn allocate_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.file.allocate(offset, bytes)
-    }
-
-    fn hold_once(&self, bytes: u64) -> io::Result<bool> {
-        self.file.hold_ballast(bytes)
-    }
-
-    fn release_once(&self) -> io::Result<()> {
-        self.file.release_ballast()
     }
 }
