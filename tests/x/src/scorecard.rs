@@ -62,7 +62,7 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
 const ROWS: [Row; 17] = [
     row("crash", Program::Prove, true),
     row("nested", Program::Prove, true),
-    row("seeded-bugs", Program::Verb, false),
+    row("seeded-bugs", Program::Verb, true),
     row("mutants", Program::Verb, false),
     row("coverage", Program::Verb, false),
     row("miri", Program::Verb, false),

@@ -30,10 +30,13 @@ pub enum Finder {
     Suite(String, Option<String>),
     /// The engine's unit tests whose name contains this.
     Engine(String),
+    /// `cargo x` with these arguments.
+    Verb(Vec<String>),
 }
 
 impl Finder {
-    fn parse(text: &str) -> Result<Self> {
+    /// Reads a finder as the header of a patch names it.
+    pub fn parse(text: &str) -> Result<Self> {
         let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
         match words.as_slice() {
             [kind, arguments @ ..] if kind == "prove" && !arguments.is_empty() => {
@@ -44,6 +47,9 @@ impl Finder {
                 Ok(Self::Suite(suite.clone(), Some(filter.clone())))
             }
             [kind, filter] if kind == "engine" => Ok(Self::Engine(filter.clone())),
+            [kind, arguments @ ..] if kind == "x" && !arguments.is_empty() => {
+                Ok(Self::Verb(arguments.to_vec()))
+            }
             _ => bail!("\"{text}\" is no finder"),
         }
     }
@@ -56,6 +62,7 @@ impl std::fmt::Display for Finder {
             Self::Suite(suite, None) => write!(f, "suite {suite}"),
             Self::Suite(suite, Some(filter)) => write!(f, "suite {suite} {filter}"),
             Self::Engine(filter) => write!(f, "engine {filter}"),
+            Self::Verb(arguments) => write!(f, "x {}", arguments.join(" ")),
         }
     }
 }

@@ -76,17 +76,22 @@ impl Workshop {
         git_apply(&self.tree, patch, false)
     }
 
+    fn cargo(&self) -> Command {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(&self.tree);
+        cargo.env("CARGO_TARGET_DIR", &self.build);
+        cargo
+    }
+
     /// Builds a finder: the program to run, with its arguments.
     pub fn build(&self, finder: &Finder) -> Result<Command> {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo
-            .current_dir(&self.tree)
-            .env("CARGO_TARGET_DIR", &self.build);
         let (verb, package) = match finder {
             Finder::Prove(_) => ("build", "blockfork-tests"),
             Finder::Suite(..) => ("test", "blockfork-tests"),
             Finder::Engine(_) => ("test", "blockfork-engine"),
+            Finder::Verb(arguments) => return self.verb(arguments),
         };
+        let mut cargo = self.cargo();
         cargo.args([verb, "--locked", "--quiet", "--profile", "prove"]);
         cargo.args(["--package", package]);
         let (target, arguments) = match finder {
@@ -102,6 +107,7 @@ impl Workshop {
                 cargo.args(["--no-run", "--lib"]);
                 ("blockfork", vec![filter.clone()])
             }
+            Finder::Verb(_) => bail!("{finder} is built by itself"),
         };
         cargo.arg("--message-format=json-render-diagnostics");
         // What is built again for each bug is built for a quick build; the rest is shared with `prove` as it is.
@@ -122,6 +128,26 @@ impl Workshop {
         let mut program = Command::new(executable.context("cargo built no finder")?);
         program.args(arguments).current_dir(&self.tree);
         program.env("RUST_BACKTRACE", "0");
+        Ok(program)
+    }
+
+    /// The copy's own `cargo x`, which builds what it runs.
+    fn verb(&self, arguments: &[String]) -> Result<Command> {
+        // The guests' kernels are the same.
+        let (cache, link) = (paths::guest_cache(), self.build.join("guest"));
+        fs::create_dir_all(&cache)?;
+        fs::create_dir_all(&self.build)?;
+        if !link.exists() {
+            std::os::unix::fs::symlink(&cache, &link)
+                .with_context(|| format!("cannot link {}", link.display()))?;
+        }
+        command::run(
+            self.cargo()
+                .args(["build", "--quiet", "--locked", "--package", "x"]),
+        )?;
+        let mut program = Command::new(self.build.join("debug/x"));
+        program.args(arguments).current_dir(&self.tree);
+        program.env("CARGO_TARGET_DIR", &self.build);
         Ok(program)
     }
 }
