@@ -188,8 +188,9 @@ mod tests {
                 .poll(&mut Context::from_waker(&inner))
                 .is_pending()
         );
+        // Miri gives one table of functions several addresses, so that nobody relies on there being one.
         assert!(
-            first.will_wake(&taken.take().unwrap()),
+            cfg!(miri) || first.will_wake(&taken.take().unwrap()),
             "the waker was made anew"
         );
         (bell, first)
