@@ -4,9 +4,13 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Mutex;
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use score::Figure;
+use serde::{Deserialize, Serialize};
 
 use crate::{command, paths, setup};
 
@@ -40,6 +44,21 @@ enum Program {
     Prove,
     /// `cargo x NAME`
     Verb,
+    /// `cargo x NAME`, which spends its time in a guest
+    Guest,
+}
+
+/// How a row was measured; beside its figures.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Run {
+    /// What a user types.
+    command: String,
+    /// The commit; with a `+` where the tree held something else too.
+    commit: String,
+    /// The day, UTC.
+    date: String,
+    /// How long it took, builds included.
+    seconds: u64,
 }
 
 /// One command that gives figures.
@@ -67,14 +86,14 @@ const ROWS: [Row; 17] = [
     row("coverage", Program::Verb, false),
     row("miri", Program::Verb, false),
     row("damage", Program::Prove, true),
-    row("kill", Program::Verb, false),
+    row("kill", Program::Guest, false),
     row("kill-nbd", Program::Verb, false),
-    row("power-cut", Program::Verb, false),
+    row("power-cut", Program::Guest, false),
     row("faults", Program::Prove, true),
     row("fuzz", Program::Verb, false),
     row("model", Program::Prove, true),
     row("open", Program::Prove, false),
-    row("churn", Program::Verb, false),
+    row("churn", Program::Guest, false),
     row("sched", Program::Verb, true),
     row("hostile", Program::Verb, true),
 ];
@@ -109,7 +128,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             .with_context(|| format!("cannot write {}", json.display()))?;
     }
     if options.write {
-        write_page(&figures)?;
+        write_page(&rows, &figures)?;
     }
     if failed.is_empty() && score::all_pass(&figures) {
         return Ok(ExitCode::SUCCESS);
@@ -138,6 +157,7 @@ pub fn gate() -> Result<Vec<&'static str>> {
     measure(&rows, true, false)
 }
 
+/// Measures one row after the other; in a sample those in a guest beside the others, whose speed is no figure.
 fn measure(rows: &[&Row], quick: bool, all: bool) -> Result<Vec<&'static str>> {
     if rows.iter().any(|row| row.program == Program::Prove) {
         let mut build = command::cargo();
@@ -145,40 +165,114 @@ fn measure(rows: &[&Row], quick: bool, all: bool) -> Result<Vec<&'static str>> {
         build.args(["--package", "blockfork-tests", "--bin", "prove"]);
         command::run_shown(&mut build)?;
     }
-    let mut failed = Vec::new();
-    for row in rows {
-        let json = json_of(row);
-        if let Some(folder) = json.parent() {
-            fs::create_dir_all(folder)?;
+    let failed = Mutex::new(Vec::new());
+    let note = |row: &Row, passed: bool| match failed.lock() {
+        Ok(mut failed) if !passed => failed.push(row.name),
+        _ => {}
+    };
+    let (in_guest, others): (Vec<&Row>, Vec<&Row>) = rows
+        .iter()
+        .partition(|row| quick && row.program == Program::Guest);
+    thread::scope(|scope| {
+        let beside = scope.spawn(|| {
+            in_guest.into_iter().try_for_each(|row| {
+                note(row, measure_one(row, quick, all, true)?);
+                anyhow::Ok(())
+            })
+        });
+        for row in others {
+            note(row, measure_one(row, quick, all, false)?);
         }
-        if json.exists() {
-            fs::remove_file(&json)?;
-        }
-        let mut program = match row.program {
-            Program::Prove => Command::new(paths::target().join("prove/prove")),
-            Program::Verb => Command::new(std::env::current_exe()?),
-        };
-        program.arg(row.name).stdin(Stdio::null());
-        program.arg("--json").arg(&json);
-        if quick {
-            program.arg("--quick");
-        }
-        if all && row.name == "mutants" {
-            program.arg("--all");
-        }
-        eprintln!("+ {}", command::shown(&program));
-        let status = program
-            .status()
-            .with_context(|| format!("cannot start {}", command::shown(&program)))?;
-        if !status.success() {
-            failed.push(row.name);
+        beside
+            .join()
+            .unwrap_or_else(|_| bail!("the guests' rows panicked"))
+    })?;
+    Ok(failed.into_inner().unwrap_or_default())
+}
+
+/// Runs a row's command; whether it reached its targets. Two at once write in turns if one of them is silent until it
+/// ends.
+#[expect(clippy::disallowed_methods, reason = "shown to a person")]
+fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> {
+    let began = Instant::now();
+    let json = json_of(row);
+    if let Some(folder) = json.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    for old in [&json, &run_of(row)] {
+        if old.exists() {
+            fs::remove_file(old)?;
         }
     }
-    Ok(failed)
+    let mut program = match row.program {
+        Program::Prove => Command::new(paths::target().join("prove/prove")),
+        Program::Verb | Program::Guest => Command::new(std::env::current_exe()?),
+    };
+    program.arg(row.name).stdin(Stdio::null());
+    let mut words = vec![row.name];
+    if quick {
+        words.push("--quick");
+    }
+    if all && row.name == "mutants" {
+        words.push("--all");
+    }
+    program.args(&words[1..]).arg("--json").arg(&json);
+    let shown = command::shown(&program);
+    eprintln!("+ {shown}");
+    let cannot_start = || format!("cannot start {shown}");
+    let passed = if silent {
+        let output = program.output().with_context(cannot_start)?;
+        eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        print!("{}", String::from_utf8_lossy(&output.stdout));
+        output.status.success()
+    } else {
+        program.status().with_context(cannot_start)?.success()
+    };
+    let door = match row.program {
+        Program::Prove => "prove",
+        Program::Verb | Program::Guest => "cargo x",
+    };
+    let run = Run {
+        command: format!("{door} {}", words.join(" ")),
+        commit: commit()?,
+        date: today()?,
+        seconds: began.elapsed().as_secs(),
+    };
+    fs::write(run_of(row), serde_json::to_vec_pretty(&run)?)?;
+    eprintln!("x: {}: {} s", run.command, run.seconds);
+    Ok(passed)
+}
+
+fn git(arguments: &[&str]) -> Result<String> {
+    command::output(
+        Command::new("git")
+            .args(arguments)
+            .current_dir(paths::root()),
+    )
+}
+
+fn commit() -> Result<String> {
+    let commit = git(&["rev-parse", "--short", "HEAD"])?;
+    let is_clean = git(&["status", "--porcelain"])?.is_empty();
+    let mark = if is_clean { "" } else { "+" };
+    Ok(format!("{}{mark}", commit.trim()))
+}
+
+fn today() -> Result<String> {
+    let date = command::output(Command::new("date").args(["--utc", "+%Y-%m-%d"]))?;
+    Ok(date.trim().to_owned())
 }
 
 fn json_of(row: &Row) -> PathBuf {
     paths::target().join(format!("scorecard/{}.json", row.name))
+}
+
+fn run_of(row: &Row) -> PathBuf {
+    paths::target().join(format!("scorecard/{}.run.json", row.name))
+}
+
+fn read_run(row: &Row) -> Option<Run> {
+    serde_json::from_slice(&fs::read(run_of(row)).ok()?).ok()
 }
 
 fn read(row: &Row) -> Option<Vec<Figure>> {
@@ -186,7 +280,7 @@ fn read(row: &Row) -> Option<Vec<Figure>> {
 }
 
 /// Replaces the table in docs/crash-safety.md.
-fn write_page(figures: &[Figure]) -> Result<()> {
+fn write_page(rows: &[&Row], figures: &[Figure]) -> Result<()> {
     let page = paths::root().join("docs/crash-safety.md");
     let text = fs::read_to_string(&page)?;
     let (before, rest) = text
@@ -195,22 +289,24 @@ fn write_page(figures: &[Figure]) -> Result<()> {
     let (_, after) = rest
         .split_once(END)
         .with_context(|| format!("{}: its scorecard has no end", page.display()))?;
-    let table = table(figures)?;
+    let table = table(rows, figures)?;
     fs::write(&page, format!("{before}{BEGIN}{table}{END}{after}"))
         .with_context(|| format!("cannot write {}", page.display()))
 }
 
-fn table(figures: &[Figure]) -> Result<String> {
-    let date = command::output(Command::new("date").args(["--utc", "+%Y-%m-%d"]))?;
-    let commit = command::output(
-        Command::new("git")
-            .args(["rev-parse", "--short", "HEAD"])
-            .current_dir(paths::root()),
-    )?;
-    let mut text = format!(
-        "Measured on {} at commit {}.\n\n| row | figure | value | target | reached | seed |\n|---|---|---:|---:|---|---|\n",
-        date.trim(),
-        commit.trim()
+fn table(rows: &[&Row], figures: &[Figure]) -> Result<String> {
+    let mut text = String::from("| command | day | commit | minutes |\n|---|---|---|---:|\n");
+    for run in rows.iter().copied().filter_map(read_run) {
+        // Rounded up: nothing takes no time.
+        let minutes = run.seconds.div_ceil(60);
+        writeln!(
+            text,
+            "| `{}` | {} | {} | {minutes} |",
+            run.command, run.date, run.commit
+        )?;
+    }
+    text.push_str(
+        "\n| row | figure | value | target | reached | seed |\n|---|---|---:|---:|---|---|\n",
     );
     for figure in figures {
         let seed = figure

@@ -18,7 +18,7 @@ use crate::{command, paths};
 /// What is run.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// A sample of 20, held against a sample's target
+    /// A sample of 8, held against a sample's target
     #[arg(long)]
     quick: bool,
     /// So many mutants, drawn by the seed [default: 200]; more than there are: all
@@ -68,7 +68,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let wanted = match (options.sample, options.all, options.quick) {
         (Some(sample), ..) => sample,
         (None, true, _) => all.len(),
-        (None, false, true) => 20,
+        (None, false, true) => 8,
         (None, false, false) => 200,
     };
     let mut drawn = all.clone();
