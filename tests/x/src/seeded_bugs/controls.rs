@@ -102,7 +102,8 @@ pub fn run(row: Option<&str>, json: Option<&Path>) -> Result<ExitCode> {
     crate::row::report(&card.into_figures(), json)
 }
 
-/// The figure of the row that falls short, if one does. A run that ends without figures is none.
+/// The figure of the row that counts what must not be and did: a target of 0 that was missed. A run that ends without
+/// figures has none.
 fn fails(workshop: &Workshop, control: &Control) -> Result<Option<String>> {
     workshop.reset()?;
     workshop.apply(&paths::root().join("tests").join(control.patch))?;
@@ -115,11 +116,11 @@ fn fails(workshop: &Workshop, control: &Control) -> Result<Option<String>> {
 }
 
 fn failed_figure(output: &str, row: &str) -> Option<String> {
-    let mut lines = output.lines().map(|line| line.split_whitespace());
-    let words = lines.find(|words| {
-        words.clone().next() == Some(row) && words.clone().any(|word| word == "FAIL")
-    })?;
-    Some(words.collect::<Vec<_>>().join(" "))
+    output.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_missed = words.windows(3).any(|window| window == ["=", "0", "FAIL"]);
+        (words.first() == Some(&row) && is_missed).then(|| words.join(" "))
+    })
 }
 
 #[cfg(test)]
@@ -127,11 +128,12 @@ mod tests {
     use super::failed_figure;
 
     #[test]
-    fn only_a_figure_of_the_row_itself_counts() {
+    fn only_a_count_of_what_must_not_be_of_the_row_itself_counts() {
         let output = "+ prove\nR1   states   3   >= 4  FAIL\nR12  x  0  = 0  pass\n\nR2   violations   7  = 0  FAIL (sampled)\n";
         let found = failed_figure(output, "R2");
         assert_eq!(found.as_deref(), Some("R2 violations 7 = 0 FAIL (sampled)"));
+        assert_eq!(failed_figure(output, "R1"), None);
         assert_eq!(failed_figure(output, "R12"), None);
-        assert_eq!(failed_figure("error: FAIL", "R1"), None);
+        assert_eq!(failed_figure("error: = 0 FAIL", "R1"), None);
     }
 }
