@@ -8,6 +8,8 @@ use blockfork_tests::guest::{Background, Device, MIB, Pool, eventually, from_env
 use fastrand::Rng;
 
 const LOAD_BYTES: u64 = 48 * MIB;
+/// Each keeps up to so much of the load, and the RAM disk has 1 GiB.
+const SNAPSHOTS_MAX: usize = 8;
 
 /// When the daemon dies.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +41,7 @@ fn no_kill_loses_an_acknowledged_write() {
     let device = pool.volume("v", "64M");
     device.fill(0, LOAD_BYTES, seed);
     pool.snapshot("v@base");
-    let (mut loads, mut snapshots) = (0, Vec::new());
+    let (mut loads, mut snapshots) = (0, Snapshots::default());
     let mut load = start(&device, loads);
     for cycle in 0..cycles {
         sleep(Duration::from_millis(rng.u64(..300)));
@@ -59,11 +61,11 @@ fn no_kill_loses_an_acknowledged_write() {
         );
         pool.ctl(&["pool", "check", "kills"]);
         let listed = pool.ctl(&["list", "kills", "-H", "-o", "name"]);
-        for name in &snapshots {
-            assert!(
-                listed.lines().any(|line| line == pool.target(name)),
-                "the acknowledged snapshot {name} is lost"
-            );
+        snapshots.compare(|name| listed.lines().any(|line| line == pool.target(name)));
+        while snapshots.kept.len() > SNAPSHOTS_MAX {
+            let oldest = snapshots.kept.remove(0);
+            pool.ctl(&["rm", &pool.target(&oldest)]);
+            snapshots.removed.push(oldest);
         }
     }
     load.succeeds();
@@ -74,6 +76,29 @@ fn no_kill_loses_an_acknowledged_write() {
     println!("@ loads {}", loads + 1);
 }
 
+/// What became of the snapshots that were asked for.
+#[derive(Default)]
+struct Snapshots {
+    kept: Vec<String>,
+    removed: Vec<String>,
+    /// One that was never answered: whether it took effect is open until somebody looks.
+    open: Option<String>,
+}
+
+impl Snapshots {
+    /// Holds them against what the pool has.
+    fn compare(&mut self, is_there: impl Fn(&str) -> bool) {
+        for name in &self.kept {
+            assert!(is_there(name), "the acknowledged snapshot {name} is lost");
+        }
+        for name in &self.removed {
+            assert!(!is_there(name), "the removed snapshot {name} is back");
+        }
+        self.kept
+            .extend(self.open.take().filter(|name| is_there(name)));
+    }
+}
+
 /// Writes each block once in random order; reads what it wrote back while it goes on, and all of it at the end.
 fn start(device: &Device, number: u64) -> Background {
     Background::start(&device.fio(&format!(
@@ -82,7 +107,7 @@ fn start(device: &Device, number: u64) -> Background {
     )))
 }
 
-fn kill(pool: &Pool, moment: Moment, cycle: u64, snapshots: &mut Vec<String>, rng: &mut Rng) {
+fn kill(pool: &Pool, moment: Moment, cycle: u64, snapshots: &mut Snapshots, rng: &mut Rng) {
     let pause = Duration::from_millis(rng.u64(..60));
     match moment {
         Moment::UnderLoad => pool.kill_daemon(),
@@ -97,9 +122,10 @@ fn kill(pool: &Pool, moment: Moment, cycle: u64, snapshots: &mut Vec<String>, rn
             let command = pool.start_ctl(&["snapshot", &pool.target(&name)]);
             sleep(pause);
             pool.kill_daemon();
-            // Whether it took effect is open, unless it was answered.
             if command.ends() {
-                snapshots.push(name);
+                snapshots.kept.push(name);
+            } else {
+                snapshots.open = Some(name);
             }
         }
         Moment::InAReclaim => {
@@ -107,6 +133,7 @@ fn kill(pool: &Pool, moment: Moment, cycle: u64, snapshots: &mut Vec<String>, rn
             pool.snapshot(&name);
             sleep(pause);
             pool.ctl(&["rm", &pool.target(&name)]);
+            snapshots.removed.push(name);
             sleep(pause);
             pool.kill_daemon();
         }
