@@ -106,7 +106,7 @@ pub(crate) fn run(common: Common, options: &Options) -> Card {
     let (variants, states) = if common.quick {
         (1, 100_000)
     } else {
-        (7, 1_000_000)
+        (6, 1_000_000)
     };
     let plan = Plan::new(common, options, variants);
     let (visited, failures) = plan.visit("crash", |recording, case| {
