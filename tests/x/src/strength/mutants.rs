@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use score::{Card, Target};
@@ -188,10 +188,24 @@ struct Ended {
 }
 
 fn test(tree: &Path, names: &[String], tests: &Tests) -> Result<Ended> {
+    // cargo-mutants looks at the clean tree with the tests of the changed package alone.
+    let mut clean = Command::new("cargo");
+    clean.args(["test", "--quiet", "--locked"]);
+    clean.args(
+        tests
+            .packages
+            .iter()
+            .flat_map(|package| ["--package", package]),
+    );
+    clean.args(tests.targets);
+    let mut clean = limited(&clean);
+    clean.current_dir(tree).stdout(Stdio::null());
+    command::run(&mut clean).context("on the clean tree")?;
+
     let output = paths::target().join("mutants");
     let mut mutants = cargo_mutants(tree);
     mutants.arg("--in-place").arg("--output").arg(&output);
-    mutants.args(["--timeout", TIMEOUT_SECONDS]);
+    mutants.args(["--baseline", "skip", "--timeout", TIMEOUT_SECONDS]);
     mutants.args(
         tests
             .packages
@@ -202,16 +216,8 @@ fn test(tree: &Path, names: &[String], tests: &Tests) -> Result<Ended> {
     mutants.args(targets.map(|target| format!("--cargo-arg={target}")));
     let escaped: Vec<String> = names.iter().map(|name| escape(name)).collect();
     mutants.args(["--re", &format!("^({})$", escaped.join("|"))]);
-    let mut limited = Command::new("sh");
+    let mut limited = limited(&mutants);
     limited.current_dir(paths::root());
-    limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\""]);
-    limited.arg(ADDRESS_SPACE_KIB.to_string());
-    limited.arg(mutants.get_program()).args(mutants.get_args());
-    limited.env_remove("CARGO_TARGET_DIR").env(SEEDS.0, SEEDS.1);
-    // Nobody looks at a backtrace here.
-    limited.env("CARGO_PROFILE_DEV_DEBUG", "none");
-    // As tests are built anyway; otherwise cargo builds the engine a second time, for the binary beside the suites.
-    limited.env("CARGO_PROFILE_DEV_PANIC", "unwind");
     let status = limited.status().context("cannot start cargo mutants")?;
     // 2: some survived; 3: some hung.
     if !matches!(status.code(), Some(0 | 2 | 3)) {
@@ -220,6 +226,20 @@ fn test(tree: &Path, names: &[String], tests: &Tests) -> Result<Ended> {
     let outcomes = output.join("mutants.out/outcomes.json");
     let text = fs::read(&outcomes).with_context(|| format!("no {}", outcomes.display()))?;
     Ok(count(&serde_json::from_slice(&text)?))
+}
+
+/// The command with little memory, and as tests are built here.
+fn limited(command: &Command) -> Command {
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\""]);
+    limited.arg(ADDRESS_SPACE_KIB.to_string());
+    limited.arg(command.get_program()).args(command.get_args());
+    limited.env_remove("CARGO_TARGET_DIR").env(SEEDS.0, SEEDS.1);
+    // Nobody looks at a backtrace here.
+    limited.env("CARGO_PROFILE_DEV_DEBUG", "none");
+    // As tests are built anyway; otherwise cargo builds the engine a second time, for the binary beside the suites.
+    limited.env("CARGO_PROFILE_DEV_PANIC", "unwind");
+    limited
 }
 
 fn count(outcomes: &Value) -> Ended {
