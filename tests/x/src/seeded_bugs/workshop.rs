@@ -111,7 +111,7 @@ impl Workshop {
         };
         cargo.arg("--message-format=json-render-diagnostics");
         // What is built again for each bug is built for a quick build; the rest is shared with `prove` as it is.
-        for package in ["blockfork-engine", "blockfork-tests"] {
+        for package in ["blockfork-engine", "blockfork-tests", "ublkctl"] {
             for setting in ["opt-level=1", "debug=0"] {
                 cargo.arg("--config");
                 cargo.arg(format!("profile.prove.package.{package}.{setting}"));
