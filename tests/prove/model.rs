@@ -22,7 +22,7 @@ pub(crate) struct Options {
     /// Sequences; each has some 500 operations
     #[arg(long)]
     sequences: Option<u64>,
-    /// End with the first violation
+    /// End with the first violation, and leave its history as long as it is
     #[arg(long)]
     first: bool,
     /// Of the one sequence take only these steps, and tell what each does
@@ -54,6 +54,7 @@ pub(crate) fn run(common: Common, options: &Options) -> Card {
     }
     if let Some(failure) = failures.first()
         && options.keep.is_empty()
+        && !options.first
     {
         eprintln!(
             "the shortest history that still fails so: prove model --seed {} --sequences 1 --keep {}",
