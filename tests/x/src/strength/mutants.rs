@@ -40,6 +40,8 @@ pub struct Options {
 
 /// Most of the address space that a compiler or a test may take: a mutant may allocate without an end.
 const ADDRESS_SPACE_KIB: u64 = 12_000_000;
+/// A mutant that writes without end does not fill this machine, 4 GiB a file: as `ulimit -f` counts.
+const FILE_SECTORS: u64 = 8 << 20;
 /// A test run that takes longer hangs: the mutant is noticed.
 const TIMEOUT_SECONDS: &str = "90";
 
@@ -228,11 +230,12 @@ fn test(tree: &Path, names: &[String], tests: &Tests) -> Result<Ended> {
     Ok(count(&serde_json::from_slice(&text)?))
 }
 
-/// The command with little memory, and as tests are built here.
+/// The command with little memory and short files, and as tests are built here.
 fn limited(command: &Command) -> Command {
     let mut limited = Command::new("sh");
-    limited.args(["-c", "ulimit -v \"$0\" && exec \"$@\""]);
-    limited.arg(ADDRESS_SPACE_KIB.to_string());
+    let limits =
+        format!("ulimit -v {ADDRESS_SPACE_KIB} && ulimit -f {FILE_SECTORS} && exec \"$0\" \"$@\"");
+    limited.args(["-c", &limits]);
     limited.arg(command.get_program()).args(command.get_args());
     limited.env_remove("CARGO_TARGET_DIR").env(SEEDS.0, SEEDS.1);
     // Nobody looks at a backtrace here.
