@@ -22,7 +22,7 @@ pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageI
 
 /// Gives every catalog page that changed, and those above it, a new place and encodes it.
 pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)>, Fault> {
-    let sizes = level_sizes(metadata.catalog.slot_count());
+    let sizes: Vec<usize> = level_sizes(metadata.catalog.slot_count()).collect();
     let size = |level: usize| sizes.get(level).copied().unwrap_or(0);
     let mut dirty: Vec<BTreeSet<usize>> = Vec::new();
     let mut gone: Vec<PagePtr> = Vec::new();

@@ -102,7 +102,7 @@ async fn load_catalog<D: Device>(
     let mut buffer = BlockBuf::zeroed(1);
     let bounds = metadata.space.bounds();
     let slots = usize::try_from(superblock.catalog_slots).unwrap_or(usize::MAX);
-    let sizes = level_sizes(slots);
+    let sizes: Vec<usize> = level_sizes(slots).collect();
     let is_consistent = sizes.len().saturating_sub(1) == usize::from(superblock.catalog_level)
         && sizes.is_empty() == superblock.catalog.is_none();
     if !is_consistent {

@@ -53,6 +53,12 @@ impl RequestCounters {
             .then(|| clock.monotonic_ns())
     }
 
+    /// Forgets a request that was counted when it began, and is about to begin once more.
+    pub(crate) fn forget(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes as u64, Ordering::Relaxed);
+        self.requests.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// Times a request that ends.
     pub(crate) fn end(&self, began: Option<u64>, clock: &dyn Clock) {
         if let Some(began) = began {

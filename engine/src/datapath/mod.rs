@@ -4,6 +4,7 @@
 
 mod allocation;
 mod counters;
+mod direct;
 mod discard;
 mod flush;
 mod range_lock;
@@ -11,7 +12,8 @@ mod read;
 mod write;
 
 pub use allocation::Run;
-pub(crate) use counters::Counters;
+pub(crate) use counters::{Counters, RequestCounters};
+pub(crate) use direct::Direct;
 pub(crate) use flush::flush;
 pub(crate) use range_lock::{RangeGuard, RangeLocks};
 
@@ -20,7 +22,7 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::journal::{Draft, Ledger};
 use crate::space::Fault;
-use crate::units::VolumeId;
+use crate::units::{BLOCK_LEN, VolumeId};
 
 /// A request's surroundings: the volume, and the device as the calling thread reaches it.
 #[derive(Debug)]
@@ -71,4 +73,11 @@ impl<D: Device> Io<'_, D> {
             None => error,
         }
     }
+}
+
+/// The bytes of so many blocks.
+fn len(blocks: u64) -> usize {
+    usize::try_from(blocks)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(BLOCK_LEN)
 }

@@ -1,8 +1,8 @@
 //! Writing: look up; what is exclusive goes in place, anything else is redirected: reserve, write, remap, release.
 //! Data reaches the device before any map names it, so after a crash a redirected block holds old bytes or new bytes.
 
-use super::Io;
-use crate::device::{BlockBuf, Device};
+use super::{Io, len};
+use crate::device::{BlockBuf, Device, Source};
 use crate::error::Result;
 use crate::format::map_page::LEAF_ENTRIES;
 use crate::format::record::Record;
@@ -11,22 +11,29 @@ use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Lba};
 use std::sync::atomic::Ordering;
 
 impl<D: Device> Io<'_, D> {
-    /// Writes `buffer` at byte `offset`. For a partial block, the caller keeps other writers of the block away.
-    pub(crate) async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+    /// Writes `from` at byte `offset`. For a partial block, the caller keeps other writers of the block away.
+    pub(crate) async fn write<S>(&self, offset: u64, from: &S) -> Result<()>
+    where
+        S: Source<D> + ?Sized,
+    {
         self.ledger.check_poison()?;
-        let is_whole = offset.is_multiple_of(BLOCK_BYTES) && buffer.len().is_multiple_of(BLOCK_LEN);
+        let is_whole = offset.is_multiple_of(BLOCK_BYTES) && from.size().is_multiple_of(BLOCK_LEN);
         let done = if is_whole {
-            self.write_blocks(Lba(offset / BLOCK_BYTES), buffer).await
+            self.write_blocks(Lba(offset / BLOCK_BYTES), from).await
         } else {
-            self.write_partial(offset, buffer).await
+            self.write_partial(offset, from).await
         };
         done.map_err(|error| self.name_volume(error))
     }
 
     /// Merges the range into the blocks around it.
-    async fn write_partial(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+    async fn write_partial<S>(&self, offset: u64, from: &S) -> Result<()>
+    where
+        S: Source<D> + ?Sized,
+    {
+        let bytes = from.size();
         let first = offset / BLOCK_BYTES;
-        let end = (offset + buffer.len() as u64).div_ceil(BLOCK_BYTES);
+        let end = (offset + bytes as u64).div_ceil(BLOCK_BYTES);
         let mut blocks = BlockBuf::zeroed(usize::try_from(end - first).unwrap_or(usize::MAX));
         let skip = usize::try_from(offset % BLOCK_BYTES).unwrap_or(0);
         let last = blocks.len() - BLOCK_LEN;
@@ -36,29 +43,30 @@ impl<D: Device> Io<'_, D> {
         if last > 0 {
             self.read_blocks(Lba(end - 1), &mut blocks[last..]).await?;
         }
-        blocks[skip..skip + buffer.len()].copy_from_slice(buffer);
+        from.copy_to(self.device, &mut blocks[skip..skip + bytes])
+            .await?;
         self.write_blocks(Lba(first), &blocks).await
     }
 
-    /// Writes `buffer`, whole blocks, at `lba`.
-    pub(super) async fn write_blocks(&self, mut lba: Lba, mut buffer: &[u8]) -> Result<()> {
-        while !buffer.is_empty() {
-            let max = (buffer.len() / BLOCK_LEN) as u64;
+    /// Writes `from`, whole blocks, at `lba`.
+    pub(super) async fn write_blocks<S>(&self, first: Lba, from: &S) -> Result<()>
+    where
+        S: Source<D> + ?Sized,
+    {
+        let blocks = (from.size() / BLOCK_LEN) as u64;
+        let mut done = 0;
+        while done < blocks {
+            let lba = first.plus(done);
             let (mapping, ticket) = self
                 .ledger
                 .view(self.device, |metadata| {
-                    let root = metadata.catalog.get(self.volume)?.entry.root;
-                    let mut mapping = metadata.map.lookup(&metadata.space, root, lba, max)?;
-                    if let (Mapping::Exclusive(extent), true) = (mapping, self.redirects_always) {
-                        mapping = Mapping::Shared(extent.count);
-                    }
-                    Ok((mapping, self.ledger.gate.enter()))
+                    self.locate(metadata, lba, blocks - done)
                 })
                 .await?;
-            let count = match mapping {
+            done += match mapping {
                 Mapping::Exclusive(extent) => {
-                    let bytes = &buffer[..len(extent.count)];
-                    let written = self.device.write(extent.start.offset(), bytes).await;
+                    let part = len(done)..len(done + extent.count);
+                    let written = from.store(self.device, part, extent.start.offset()).await;
                     drop(ticket);
                     written.map_err(|error| error.at_lba(lba))?;
                     self.counters
@@ -68,18 +76,19 @@ impl<D: Device> Io<'_, D> {
                 }
                 Mapping::Hole(count) | Mapping::Shared(count) => {
                     drop(ticket);
-                    self.redirect(lba, &buffer[..len(count)]).await?
+                    self.redirect(lba, from, done, count).await?
                 }
             };
-            lba = lba.plus(count);
-            buffer = &buffer[len(count)..];
         }
         Ok(())
     }
 
-    /// Writes as many of the blocks as one free run takes to newly allocated blocks; how many that was.
-    async fn redirect(&self, lba: Lba, buffer: &[u8]) -> Result<u64> {
-        let want = (buffer.len() / BLOCK_LEN) as u64;
+    /// Writes as many of the `want` blocks of `from` behind its block `skip` as one free run takes to newly allocated
+    /// blocks; how many that was.
+    async fn redirect<S>(&self, lba: Lba, from: &S, skip: u64, want: u64) -> Result<u64>
+    where
+        S: Source<D> + ?Sized,
+    {
         let extent = self
             .change(|draft| {
                 let metadata = draft.metadata();
@@ -92,10 +101,8 @@ impl<D: Device> Io<'_, D> {
             })
             .await
             .map_err(|error| error.at_lba(lba))?;
-        let written = self
-            .device
-            .write(extent.start.offset(), &buffer[..len(extent.count)])
-            .await;
+        let part = len(skip)..len(skip + extent.count);
+        let written = from.store(self.device, part, extent.start.offset()).await;
         if let Err(error) = written {
             self.ledger.adjust(|metadata| metadata.space.cancel(extent));
             return Err(error.at_lba(lba));
@@ -127,10 +134,4 @@ impl<D: Device> Io<'_, D> {
             .fetch_add(extent.count, Ordering::Relaxed);
         Ok(extent.count)
     }
-}
-
-fn len(blocks: u64) -> usize {
-    usize::try_from(blocks)
-        .unwrap_or(usize::MAX)
-        .saturating_mul(BLOCK_LEN)
 }

@@ -12,6 +12,7 @@ use super::{SystemCalls, backing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Mutex;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
+use rustix::fs::{AtFlags, StatxFlags};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -45,6 +46,7 @@ pub struct PoolFile {
     length: Mutex<()>,
 }
 
+const DIRECT_MEMORY_ALIGNMENT: u32 = 512;
 const LOCK_POLL: Duration = Duration::from_millis(20);
 
 impl PoolFile {
@@ -127,6 +129,20 @@ impl PoolFile {
     /// Whether I/O goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.is_direct
+    }
+
+    /// What the file asks of the memory that it is read into and written from, in bytes: a power of two up to a block.
+    pub fn memory_alignment(&self) -> u32 {
+        if !self.is_direct {
+            return 1;
+        }
+        let told = rustix::fs::statx(&self.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+        let bytes = told.map_or(0, |told| told.stx_dio_mem_align);
+        if bytes.is_power_of_two() && u64::from(bytes) <= BLOCK_BYTES {
+            return bytes;
+        }
+        // Kernels that do not tell ask for no more than a sector.
+        DIRECT_MEMORY_ALIGNMENT
     }
 
     /// Whether it is a block device rather than a file.

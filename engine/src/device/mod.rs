@@ -6,10 +6,12 @@ pub mod buffer;
 pub mod file;
 #[cfg(test)]
 pub(crate) mod memory;
+pub mod payload;
 pub mod whole;
 
 pub use buffer::BlockBuf;
 pub use file::{Access, FileDevice, PoolFile};
+pub use payload::{Destination, Source};
 pub use whole::SystemCalls;
 
 use crate::error::Result;

@@ -91,39 +91,64 @@ fn truncated(path: &Path, offset: u64) -> Error {
     ))
 }
 
+/// Reads `bytes` from `offset` on, by as many calls of `once` as that takes: each is told how many bytes are there
+/// already, and says how many it added.
+pub(crate) async fn read_whole(
+    path: &Path,
+    offset: u64,
+    bytes: usize,
+    mut once: impl AsyncFnMut(usize) -> io::Result<usize>,
+) -> Result<()> {
+    let mut patience = Patience::new();
+    let mut done = 0;
+    while done < bytes {
+        let at = offset + done as u64;
+        let judged = patience.judge(once(done).await);
+        match judged.map_err(|e| failed(path, e, "read", at))? {
+            Some(0) => return Err(truncated(path, at)),
+            Some(more) => done += more,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes `bytes` from `offset` on, as [`read_whole`] reads.
+pub(crate) async fn write_whole(
+    path: &Path,
+    offset: u64,
+    bytes: usize,
+    mut once: impl AsyncFnMut(usize) -> io::Result<usize>,
+) -> Result<()> {
+    let mut patience = Patience::new();
+    let mut done = 0;
+    while done < bytes {
+        let at = offset + done as u64;
+        let failed = |source| failed(path, source, "write", at);
+        match patience.judge(once(done).await).map_err(failed)? {
+            Some(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
+            Some(more) => done += more,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
 impl<C: SystemCalls> Device for C {
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let mut patience = Patience::new();
-        let mut done = 0;
-        while done < buffer.len() {
+        read_whole(self.path(), offset, buffer.len(), async |done| {
             let at = offset + done as u64;
-            let result = self.read_once(at, &mut buffer[done..]).await;
-            match patience
-                .judge(result)
-                .map_err(|e| failed(self.path(), e, "read", at))?
-            {
-                Some(0) => return Err(truncated(self.path(), at)),
-                Some(bytes) => done += bytes,
-                None => {}
-            }
-        }
-        Ok(())
+            self.read_once(at, &mut buffer[done..]).await
+        })
+        .await
     }
 
     async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
-        let mut patience = Patience::new();
-        let mut done = 0;
-        while done < buffer.len() {
+        write_whole(self.path(), offset, buffer.len(), async |done| {
             let at = offset + done as u64;
-            let result = self.write_once(at, &buffer[done..]).await;
-            let failed = |source| failed(self.path(), source, "write", at);
-            match patience.judge(result).map_err(failed)? {
-                Some(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
-                Some(bytes) => done += bytes,
-                None => {}
-            }
-        }
-        Ok(())
+            self.write_once(at, &buffer[done..]).await
+        })
+        .await
     }
 
     async fn flush(&self) -> Result<()> {

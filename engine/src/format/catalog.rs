@@ -19,17 +19,11 @@ const _: () = assert!(CATALOG_INDEX_ENTRIES * 16 <= BODY_BYTES);
 const _: () = assert!(NAME_BYTES_MAX <= SLOT_BYTES - 97);
 
 /// How many pages each level of the catalog has, from the pages with the slots to the single top one.
-pub(crate) fn level_sizes(slots: usize) -> Vec<usize> {
-    let mut sizes = Vec::new();
-    let mut pages = slots.div_ceil(SLOTS_PER_PAGE);
-    while pages > 0 {
-        sizes.push(pages);
-        if pages == 1 {
-            break;
-        }
-        pages = pages.div_ceil(CATALOG_INDEX_ENTRIES);
-    }
-    sizes
+pub(crate) fn level_sizes(slots: usize) -> impl Iterator<Item = usize> {
+    let lowest = slots.div_ceil(SLOTS_PER_PAGE);
+    std::iter::successors((lowest > 0).then_some(lowest), |pages| {
+        (*pages > 1).then(|| pages.div_ceil(CATALOG_INDEX_ENTRIES))
+    })
 }
 
 /// The root of a map: its page, none while nothing is mapped, and the level that the page has or would have.

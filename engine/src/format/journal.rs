@@ -28,16 +28,12 @@ pub(crate) struct Framed {
 /// Appends a record with its frame.
 pub(crate) fn encode_framed(record: &Record, continues: bool, out: &mut Vec<u8>) {
     let at = out.len();
-    out.extend([0; FRAME_BYTES]);
+    out.extend_from_slice(&[0; FRAME_BYTES]);
     record.encode(out);
     let length = u16::try_from(out.len() - at - FRAME_BYTES).unwrap_or(u16::MAX);
-    let frame: Vec<u8> = length
-        .to_le_bytes()
-        .into_iter()
-        .chain([u8::from(continues)])
-        .collect();
+    let [low, high] = length.to_le_bytes();
     if let Some(place) = out.get_mut(at..at + FRAME_BYTES) {
-        place.copy_from_slice(&frame);
+        place.copy_from_slice(&[low, high, u8::from(continues)]);
     }
 }
 

@@ -13,7 +13,7 @@ pub(crate) mod ring;
 pub(crate) mod tests;
 
 pub(crate) use commit::{Committed, Tail};
-pub(crate) use gate::Gate;
+pub(crate) use gate::{Gate, Ticket};
 pub(crate) use replay::{drop_cut_change, read_journal};
 pub(crate) use ring::{Ring, RingOwner};
 

@@ -23,14 +23,14 @@ pub(crate) enum UnmapStep {
 
 impl MapStore {
     /// Sees to it that the pages from the root down to `lowest` can be made writable: all of them and the counts they
-    /// lead to in memory, and enough blocks set aside. Gives whether the page of `lowest` is shared.
+    /// lead to in memory, and enough blocks set aside. Gives the page of `lowest`, if there is one.
     fn prepare_path(
         &self,
         root: Root,
         lba: Lba,
         lowest: u8,
         space: &mut SpaceMap,
-    ) -> Result<bool, Fault> {
+    ) -> Result<Option<&MapPage>, Fault> {
         level_matches(root.level)?;
         if lba.0 >= span_blocks(root.level) {
             return Err(Error::corrupt("a block beyond its map").at_lba(lba).into());
@@ -47,14 +47,14 @@ impl MapStore {
                 self.require_children(&page.node, space)?;
             }
             if level == lowest {
-                break;
+                return Ok(Some(page));
             }
             if let Node::Inner(children) = &*page.node {
                 next = children[child_index(level, lba)];
             }
             level -= 1;
         }
-        Ok(is_shared)
+        Ok(None)
     }
 
     /// Every count that copying a page would raise is in memory.
@@ -177,8 +177,8 @@ impl MapStore {
         count: u64,
         space: &mut SpaceMap,
     ) -> Result<(), Fault> {
-        self.prepare_path(root, lba, 0, space)?;
-        self.require_entries(root, lba, count, space)
+        let leaf = self.prepare_path(root, lba, 0, space)?;
+        require_entries(leaf, lba, count, space)
     }
 
     /// Maps the blocks from `lba` to `extent`, which was reserved, and releases what they mapped to.
@@ -221,22 +221,6 @@ impl MapStore {
                 .at_pba(leaf.pba)
                 .into()),
         }
-    }
-
-    fn require_entries(
-        &self,
-        root: Root,
-        lba: Lba,
-        count: u64,
-        space: &SpaceMap,
-    ) -> Result<(), Fault> {
-        if let Some(entries) = self.entries(root, lba)? {
-            let run = entries[leaf_index(lba)..].iter().zip(0..count);
-            for (entry, _) in run.filter(|(entry, _)| entry.0 != 0) {
-                space.referenced(*entry)?;
-            }
-        }
-        Ok(())
     }
 
     fn count_holes(&self, root: Root, lba: Lba, count: u64) -> u64 {
@@ -291,8 +275,8 @@ impl MapStore {
                             to: from.plus(skip),
                         });
                     }
-                    self.prepare_path(root, from, 0, space)?;
-                    self.require_entries(root, from, to.0 - from.0, space)?;
+                    let leaf = self.prepare_path(root, from, 0, space)?;
+                    require_entries(leaf, from, to.0 - from.0, space)?;
                     return Ok(UnmapStep::Entries { from, to });
                 }
                 Node::Inner(children) => next = children[child_index(level, from)],
@@ -415,4 +399,20 @@ impl UnmapStep {
             }
         }
     }
+}
+
+/// Every count that replacing these entries of a leaf would lower is in memory.
+fn require_entries(
+    leaf: Option<&MapPage>,
+    lba: Lba,
+    count: u64,
+    space: &SpaceMap,
+) -> Result<(), Fault> {
+    if let Some(Node::Leaf(entries)) = leaf.map(|leaf| &*leaf.node) {
+        let run = entries[leaf_index(lba)..].iter().zip(0..count);
+        for (entry, _) in run.filter(|(entry, _)| entry.0 != 0) {
+            space.referenced(*entry)?;
+        }
+    }
+    Ok(())
 }

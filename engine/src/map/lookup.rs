@@ -67,17 +67,7 @@ impl MapStore {
             Ok(entries) => &entries[leaf_index(lba)..],
         };
         let first = entries[0];
-        let expected = |index: u64| {
-            if first.0 == 0 {
-                Pba(0)
-            } else {
-                first.plus(index)
-            }
-        };
-        let run = (0..max)
-            .zip(entries)
-            .take_while(|&(index, entry)| *entry == expected(index))
-            .count() as u64;
+        let run = contiguous(entries, max);
         Ok(match first {
             Pba(0) => Resolved::Hole(run),
             start => Resolved::Mapped(Extent::new(start, run)),
@@ -102,30 +92,30 @@ impl MapStore {
             Err(end) => return Ok(Mapping::Hole((end.0 - lba.0).min(max))),
             Ok(entries) => &entries[leaf_index(lba)..],
         };
-        let kind = |entry: Pba| -> Result<Kind, Fault> {
-            Ok(if entry.0 == 0 {
-                Kind::Hole
-            } else if path_is_shared || space.referenced(entry)? > 1 || !space.is_settled(entry) {
-                Kind::Shared
-            } else {
-                Kind::Exclusive
-            })
+        let is_shared = |entry: Pba| -> Result<bool, Fault> {
+            Ok(path_is_shared || space.referenced(entry)? > 1 || !space.is_settled(entry))
         };
         let first = entries[0];
-        let first_kind = kind(first)?;
+        if first.0 != 0 && !path_is_shared {
+            let run = contiguous(entries, max);
+            match space.exclusive(Extent::new(first, run))? {
+                0 => {}
+                alone => return Ok(Mapping::Exclusive(Extent::new(first, alone))),
+            }
+        }
+        // The first is a hole or shared; so many more are.
+        let first_is_hole = first.0 == 0;
         let mut run = 1;
-        for (index, entry) in (1..max).zip(&entries[1..]) {
-            let goes_on = kind(*entry)? == first_kind
-                && (first_kind != Kind::Exclusive || *entry == first.plus(index));
-            if !goes_on {
+        for (_, entry) in (1..max).zip(&entries[1..]) {
+            if (entry.0 == 0) != first_is_hole || !(first_is_hole || is_shared(*entry)?) {
                 break;
             }
             run += 1;
         }
-        Ok(match first_kind {
-            Kind::Hole => Mapping::Hole(run),
-            Kind::Shared => Mapping::Shared(run),
-            Kind::Exclusive => Mapping::Exclusive(Extent::new(first, run)),
+        Ok(if first_is_hole {
+            Mapping::Hole(run)
+        } else {
+            Mapping::Shared(run)
         })
     }
 
@@ -161,9 +151,16 @@ impl MapStore {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Hole,
-    Shared,
-    Exclusive,
+/// How many of up to `max` entries go on as the first begins: one block after the other, or all of them holes.
+fn contiguous(entries: &[Pba], max: u64) -> u64 {
+    let first = entries[0];
+    let goes_on = |&(index, entry): &(u64, &Pba)| {
+        *entry
+            == if first.0 == 0 {
+                first
+            } else {
+                first.plus(index)
+            }
+    };
+    (0..max).zip(entries).take_while(goes_on).count() as u64
 }

@@ -42,7 +42,7 @@ pub(crate) enum Prepared {
 
 /// Pages of a catalog with so many slots, those of its index included.
 fn catalog_pages(slots: usize) -> u64 {
-    level_sizes(slots).iter().sum::<usize>() as u64
+    level_sizes(slots).sum::<usize>() as u64
 }
 
 /// Blocks of a volume of so many bytes; a last partial block counts.

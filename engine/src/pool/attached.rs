@@ -2,13 +2,13 @@
 
 use super::Pool;
 use super::report::{Latency, VolumeStats};
-use crate::datapath::{Counters, Io, RangeLocks, Run};
-use crate::device::Device;
+use crate::datapath::{self, Counters, Io, RangeLocks, RequestCounters, Run};
+use crate::device::{Destination, Device, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
 use crate::name::VolumePath;
 use crate::sync::Published;
-use crate::units::{BLOCK_BYTES, VolumeId};
+use crate::units::{BLOCK_BYTES, Extent, VolumeId};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +46,57 @@ impl Drop for Change<'_> {
         for id in &self.ids {
             changing.remove(id);
         }
+    }
+}
+
+/// Which way the bytes of a request go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the device to the client.
+    Read,
+    /// From the client to the device.
+    Write,
+}
+
+/// A read or a write that is one run of blocks on the device: the frontend moves the bytes itself, and then says so.
+#[derive(Debug)]
+pub struct Direct<'a> {
+    run: datapath::Direct<'a>,
+    attached: &'a Attached,
+    transfer: Transfer,
+    began: Option<u64>,
+    bytes: usize,
+}
+
+impl Direct<'_> {
+    /// Where the bytes are on the device.
+    pub fn offset(&self) -> u64 {
+        self.run.extent.start.offset()
+    }
+
+    /// How many there are.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn counters(&self) -> &RequestCounters {
+        self.attached.request_counters(self.transfer)
+    }
+
+    /// All bytes were moved.
+    pub fn done(self) {
+        self.counters()
+            .end(self.began, &*self.attached.pool.ledger.clock);
+        if self.transfer == Transfer::Write {
+            let Extent { count, .. } = self.run.extent;
+            let written = &self.attached.volume.counters.in_place_blocks;
+            written.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// Not all bytes were moved: the same request comes once more, as a read or a write of the whole.
+    pub fn give_up(self) {
+        self.counters().forget(self.bytes);
     }
 }
 
@@ -163,7 +214,7 @@ impl Attached {
     }
 
     /// On a volume whose sectors are smaller than a block, the whole blocks around a change are locked.
-    async fn lock(&self, offset: u64, bytes: u64) -> Option<crate::datapath::RangeGuard<'_>> {
+    async fn lock(&self, offset: u64, bytes: u64) -> Option<datapath::RangeGuard<'_>> {
         if u64::from(self.volume.sector_bytes) == BLOCK_BYTES {
             return None;
         }
@@ -171,23 +222,66 @@ impl Attached {
         Some(self.volume.locks.lock(range).await)
     }
 
-    /// Fills `buffer` from byte `offset`; both in whole sectors. `buffer` is aligned to a block.
-    pub async fn read<D: Device>(&self, device: &D, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.check_range(offset, buffer.len() as u64)?;
+    fn request_counters(&self, transfer: Transfer) -> &RequestCounters {
+        match transfer {
+            Transfer::Read => &self.volume.counters.reads,
+            Transfer::Write => &self.volume.counters.writes,
+        }
+    }
+
+    /// Where on the device the frontend may read or write `bytes` by itself; none if [`Attached::read`] or
+    /// [`Attached::write`] is to do it, or to refuse it.
+    pub fn direct(&self, transfer: Transfer, offset: u64, bytes: usize) -> Option<Direct<'_>> {
+        let io = self.io(&());
+        let run = match transfer {
+            Transfer::Read => {
+                self.check_range(offset, bytes as u64).ok()?;
+                io.direct_read(offset, bytes)?
+            }
+            Transfer::Write => {
+                self.check_change(offset, bytes as u64).ok()?;
+                // Elsewhere, writers of parts of the same block wait for each other.
+                if u64::from(self.volume.sector_bytes) != BLOCK_BYTES {
+                    return None;
+                }
+                io.direct_write(offset, bytes)?
+            }
+        };
+        let counters = self.request_counters(transfer);
+        Some(Direct {
+            run,
+            attached: self,
+            transfer,
+            began: counters.begin(bytes, &*self.pool.ledger.clock),
+            bytes,
+        })
+    }
+
+    /// Fills `to` from byte `offset`; both in whole sectors. Memory is aligned to a block.
+    pub async fn read<D, T>(&self, device: &D, offset: u64, to: &mut T) -> Result<()>
+    where
+        D: Device,
+        T: Destination<D> + ?Sized,
+    {
+        self.check_range(offset, to.size() as u64)?;
         let (counters, clock) = (&self.volume.counters.reads, &*self.pool.ledger.clock);
-        let began = counters.begin(buffer.len(), clock);
-        let done = self.io(device).read(offset, buffer).await;
+        let began = counters.begin(to.size(), clock);
+        let done = self.io(device).read(offset, to).await;
         counters.end(began, clock);
         done
     }
 
-    /// Writes `buffer` at byte `offset`, in whole sectors. Acknowledged, not durable.
-    pub async fn write<D: Device>(&self, device: &D, offset: u64, buffer: &[u8]) -> Result<()> {
-        self.check_change(offset, buffer.len() as u64)?;
+    /// Writes `from` at byte `offset`, in whole sectors. Acknowledged, not durable.
+    pub async fn write<D, S>(&self, device: &D, offset: u64, from: &S) -> Result<()>
+    where
+        D: Device,
+        S: Source<D> + ?Sized,
+    {
+        self.check_change(offset, from.size() as u64)?;
         let (counters, clock) = (&self.volume.counters.writes, &*self.pool.ledger.clock);
-        let began = counters.begin(buffer.len(), clock);
-        let _alone = self.lock(offset, buffer.len() as u64).await;
-        let done = self.io(device).write(offset, buffer).await;
+        let began = counters.begin(from.size(), clock);
+        let _alone = self.lock(offset, from.size() as u64).await;
+        let done = self.io(device).write(offset, from).await;
         counters.end(began, clock);
         done
     }

@@ -17,7 +17,7 @@ mod snapshots;
 mod volumes;
 
 pub use crate::datapath::Run;
-pub use attached::Attached;
+pub use attached::{Attached, Direct, Transfer};
 pub use open::{CreateOptions, OpenOptions, PoolLabel, RingPlace};
 pub use repair::RepairOptions;
 pub use report::*;

@@ -225,6 +225,31 @@ impl SpaceMap {
         self.unsettled.is_empty() || !self.unsettled.contains_key(&pba)
     }
 
+    /// How many blocks at the beginning of a run have one owner each, and would still have it alone after a power cut now.
+    pub(crate) fn exclusive(&self, run: Extent) -> Result<u64, Fault> {
+        if self.referenced(run.start)? > 1 {
+            return Ok(0);
+        }
+        let mut done = 0;
+        while done < run.count {
+            let (region, offset) = place(run.start.plus(done));
+            let counted = usize::try_from(region)
+                .ok()
+                .and_then(|index| self.regions.get(index));
+            let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
+            let alone = counted.map_or(0, |counted| counted.owned_alone(offset, want)) as u64;
+            done += alone;
+            if done < run.count && (offset as u64 + alone) < REGION_BLOCKS {
+                break;
+            }
+        }
+        if self.unsettled.is_empty() {
+            return Ok(done);
+        }
+        let settled = (0..done).take_while(|index| self.is_settled(run.start.plus(*index)));
+        Ok(settled.count() as u64)
+    }
+
     /// Every record up to `durable` is durable.
     pub(crate) fn settle(&mut self, durable: Seq) {
         while let Some(&(seq, pba)) = self.unsettled_order.front() {

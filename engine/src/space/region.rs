@@ -214,6 +214,21 @@ impl Region {
         Some(high << 16 | u32::from(loaded.low[offset]))
     }
 
+    /// How many of the `want` blocks from `offset` on have one owner each, up to the first that has not.
+    pub(crate) fn owned_alone(&self, offset: usize, want: usize) -> usize {
+        let Some(loaded) = &self.loaded else { return 0 };
+        let end = REGION_LEN.min(offset + want);
+        let low = loaded.low[offset..end].iter();
+        let alone = low.take_while(|count| **count == 1).count();
+        match &loaded.high {
+            None => alone,
+            Some(high) => {
+                let high = high[offset..offset + alone].iter();
+                high.take_while(|half| **half == 0).count()
+            }
+        }
+    }
+
     #[expect(
         clippy::expect_used,
         reason = "callers read the count first, which needs it loaded"

@@ -8,6 +8,7 @@
     reason = "io_uring entries carry addresses, and no crate wraps these commands"
 )]
 
+use super::params::Params;
 use crate::sync::Latch;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
@@ -119,7 +120,7 @@ impl Commands {
         Ok(mask)
     }
 
-    pub(super) fn set_params(&mut self, dev_id: u32, params: &sys::ublk_params) -> io::Result<()> {
+    pub(super) fn set_params(&mut self, dev_id: u32, params: &Params) -> io::Result<()> {
         let payload = Payload::buffer(params, 0);
         self.run(sys::UBLK_U_CMD_SET_PARAMS, dev_id, payload)
     }

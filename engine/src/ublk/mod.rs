@@ -4,13 +4,14 @@
 //!
 //! 1. [`Served::add`] asks the driver for its features and adds a device with those that help (`steps`). The thread that
 //!    sends control commands has a watchdog in front of it (`control`), so that a kernel that hangs is an error.
-//! 2. Each queue gets a thread, a ring, and a task per tag (`queue`). A task fetches: its entry in the ring is answered
-//!    when the kernel has a request for that tag.
+//! 2. Each queue gets a thread and a ring (`queue`), and fetches for each tag (`fetch`): such an entry is answered when the
+//!    kernel has a request for that tag.
 //! 3. The driver gets the parameters (`params`) and starts: it waits for all fetches, then makes `/dev/ublkbN`. The
 //!    kernel reads the partition table through the queues before `add` returns.
-//! 4. A request is taken apart (`request`) and given to the volume, which works on the pool's file through the same ring
-//!    (`ring_device`). What it waits for in another thread wakes this one (`wake`). The result goes back with the next
-//!    fetch of that tag.
+//! 4. A request that is one run of blocks is begun and answered by the queue's loop (`serving`). Any other is given to the
+//!    volume by its tag's task (`request`), which works on the pool's file through the same ring (`ring_device`). What it
+//!    waits for in another thread wakes this one (`wake`). The bytes are in the client's pages (`registered`), or in
+//!    buffers (`arena`) that the driver copies from and to. The result goes back with the next fetch of that tag.
 //! 5. [`Served::remove`] stops the device, which answers everything first; then the fetches end, the threads, the rings;
 //!    then the device is deleted.
 //! 6. Or the process dies, or [`Served::abandon`]s the device. The kernel sees the rings close, keeps the block device,
@@ -21,13 +22,16 @@ mod arena;
 mod command;
 mod control;
 mod driver;
+mod fetch;
 mod holders;
 mod params;
 mod queue;
 mod recover;
+mod registered;
 mod request;
 mod ring_device;
 mod served;
+mod serving;
 mod steps;
 mod sysfs;
 mod task;

@@ -1,31 +1,24 @@
-//! A queue of a device: one thread, one ring, one task per tag.
+//! A queue of a device: one thread with one ring.
 //!
-//! A task fetches a request, carries it out, commits the result with the next fetch, and so on. All tasks of a tick put
-//! their entries into the ring, and then one `io_uring_enter` sends them and waits for what comes next.
-//!
-//! The tags' buffers outlive the thread, and so its ring: the kernel may write into a buffer as long as the ring lives.
+//! Its buffers, if it has any, outlive the thread, and so its ring: the kernel may write into a buffer as long as the ring
+//! lives.
 
 use super::arena::Arena;
 use super::command::Affinity;
-use super::request::Request;
-use super::ring_device::{RingDevice, run_entry};
+use super::registered::Helpers;
+use super::serving::serve;
 use super::task;
-use super::wake::{Bell, Belled};
+use super::wake::Bell;
 use crate::device::PoolFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Attached;
 use crate::sync::Latch;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, squeue};
+use libublk::UblkError;
 use libublk::io::{UblkDev, UblkQueue, ublk_init_task_ring};
-use libublk::uring_async::{
-    run_uring_tasks, ublk_reap_io_events_with_update_queue, ublk_wake_task, uring_poll_io_fn,
-};
-use libublk::{BufDesc, UblkError};
 use parking_lot::Mutex;
-use smol::LocalExecutor;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
@@ -39,17 +32,27 @@ pub(super) struct Work {
     pub(super) file: Arc<PoolFile>,
     pub(super) attached: Arc<Attached>,
     pub(super) affinity: Option<Affinity>,
+    /// Where the driver registers clients' pages with the ring.
+    pub(super) helpers: Option<Arc<Helpers>>,
 }
 
 /// A running queue thread, as the others see it.
 pub(super) struct Queue {
     shared: Arc<Shared>,
-    thread: JoinHandle<Option<Arena>>,
+    thread: JoinHandle<Option<Places>>,
+}
+
+/// Where the bytes of requests are.
+pub(super) enum Places {
+    /// The driver copies from and to these buffers.
+    Copied(Arena),
+    /// In the clients' pages, which the driver registers.
+    Registered(Arc<Helpers>),
 }
 
 /// What a queue thread and its owner share.
-struct Shared {
-    bell: Arc<Bell>,
+pub(super) struct Shared {
+    pub(super) bell: Arc<Bell>,
     frozen: Latch,
     failure: Mutex<Option<(ErrorKind, String)>>,
 }
@@ -90,27 +93,27 @@ impl Queue {
 
     /// Waits for the thread's end, and with it for the end of its ring.
     pub(super) fn join(self) {
-        let arena = self.thread.join();
-        if arena.is_err() {
+        let places = self.thread.join();
+        if places.is_err() {
             tracing::error!("a queue thread panicked");
         }
     }
 }
 
 impl Shared {
-    fn fail(&self, error: &Error) {
+    pub(super) fn fail(&self, error: &Error) {
         tracing::error!("{error}");
         let mut failure = self.failure.lock();
         failure.get_or_insert_with(|| (error.kind(), error.to_string()));
     }
 
-    fn is_frozen(&self) -> bool {
+    pub(super) fn is_frozen(&self) -> bool {
         self.frozen.is_set()
     }
 }
 
 /// The thread's body; hands its buffers back, to be unmapped after the thread's end.
-fn run(work: &Work, shared: &Shared, ready: &Sender<Result<()>>) -> Option<Arena> {
+fn run(work: &Work, shared: &Shared, ready: &Sender<Result<()>>) -> Option<Places> {
     task::block_signals();
     task::become_io_flusher();
     if let Some(affinity) = &work.affinity {
@@ -118,10 +121,10 @@ fn run(work: &Work, shared: &Shared, ready: &Sender<Result<()>>) -> Option<Arena
     }
     shared.bell.belongs_here();
     match open(work) {
-        Ok((mut arena, queue)) => {
+        Ok((mut places, queue)) => {
             tell(ready, Ok(()));
-            serve(work, shared, &queue, &mut arena);
-            Some(arena)
+            serve(work, shared, &queue, &mut places);
+            Some(places)
         }
         Err(error) => {
             shared.fail(&error);
@@ -132,9 +135,12 @@ fn run(work: &Work, shared: &Shared, ready: &Sender<Result<()>>) -> Option<Arena
 }
 
 /// Makes the buffers, the ring and the queue on it.
-fn open(work: &Work) -> Result<(Arena, UblkQueue<'_>)> {
+fn open(work: &Work) -> Result<(Places, UblkQueue<'_>)> {
     let info = work.device.dev_info;
-    let arena = Arena::map(info.queue_depth, info.max_io_buf_bytes)?;
+    let places = match &work.helpers {
+        Some(helpers) => Places::Registered(Arc::clone(helpers)),
+        None => Places::Copied(Arena::map(info.queue_depth, info.max_io_buf_bytes)?),
+    };
     make_ring(info.queue_depth).map_err(|e| {
         Error::io(
             e,
@@ -146,155 +152,13 @@ fn open(work: &Work) -> Result<(Arena, UblkQueue<'_>)> {
     })?;
     let queue = UblkQueue::new(work.index, &work.device)
         .map_err(|e| failed(&e, work, "cannot be opened"))?;
-    Ok((arena, queue))
+    Ok((places, queue))
 }
 
 /// Says whether the queue has its ring; an owner that has given up no longer listens.
 fn tell(ready: &Sender<Result<()>>, news: Result<()>) {
     if ready.send(news).is_err() {
         tracing::debug!("nobody waits for the queue");
-    }
-}
-
-/// Fetches and serves until the device is stopped or the queue is frozen.
-fn serve(work: &Work, shared: &Shared, queue: &UblkQueue<'_>, arena: &mut Arena) {
-    let device = RingDevice::new(Arc::clone(&work.file));
-    let context = Context {
-        work,
-        shared,
-        queue,
-        device: &device,
-        serving: Cell::new(0),
-        is_closing: Cell::new(false),
-    };
-    let mut rung = Box::new([0_u8; 8]);
-    let executor = LocalExecutor::new();
-    let listener = executor.spawn(context.listen(&mut rung));
-    let tags: Vec<_> = (queue.tags().zip(arena.buffers()))
-        .map(|(tag, buffer)| {
-            executor.spawn(Belled::new(
-                context.serve_tag(tag, buffer),
-                Arc::clone(&shared.bell),
-            ))
-        })
-        .collect();
-
-    let run_ops = || while executor.try_tick() {};
-    let poll = || {
-        let mut is_over = shared.is_frozen() && context.serving.get() == 0;
-        if is_over {
-            context.close();
-            is_over = listener.is_finished();
-        }
-        let polled = if is_over {
-            Err(UblkError::QueueIsDown)
-        } else {
-            shared.bell.lie_down();
-            run_ops();
-            let polled = uring_poll_io_fn::<squeue::Entry>(queue, None, 1);
-            shared.bell.get_up();
-            polled
-        };
-        std::future::ready(polled)
-    };
-    let reap = |timed_out| {
-        ublk_reap_io_events_with_update_queue(queue, timed_out, None, |answer| {
-            ublk_wake_task(answer.user_data(), answer);
-        })
-    };
-    let is_done = || {
-        if shared.is_frozen() {
-            return context.serving.get() == 0 && listener.is_finished();
-        }
-        if tags.iter().any(|task| !task.is_finished()) {
-            return false;
-        }
-        context.close();
-        listener.is_finished()
-    };
-    // Not a sleeping executor: the future itself sleeps in the ring, and never waits for a waker.
-    let ended = smol::future::block_on(run_uring_tasks(poll, reap, run_ops, is_done));
-    if let Err(error) = ended {
-        shared.fail(&failed(&error, work, "stopped"));
-    }
-}
-
-/// What the tasks of a queue share.
-struct Context<'a> {
-    work: &'a Work,
-    shared: &'a Shared,
-    queue: &'a UblkQueue<'a>,
-    device: &'a RingDevice,
-    /// Requests being carried out.
-    serving: Cell<u32>,
-    /// Whether the listener is to end.
-    is_closing: Cell<bool>,
-}
-
-impl Context<'_> {
-    /// One tag's life.
-    async fn serve_tag(&self, tag: u16, buffer: &mut [u8]) {
-        let address = buffer.as_mut_ptr().cast_const();
-        let fetch = self
-            .queue
-            .submit_io_prep_cmd(tag, BufDesc::RawAddress(address), 0, None);
-        let mut fetched = fetch.await;
-        while self.has_request(fetched) {
-            let request = Request::decode(self.queue.get_iod(tag));
-            self.serving.set(self.serving.get() + 1);
-            let result = request
-                .serve(&self.work.attached, self.device, buffer)
-                .await;
-            self.serving.set(self.serving.get() - 1);
-            if self.shared.is_frozen() {
-                break;
-            }
-            let commit = self
-                .queue
-                .submit_io_commit_cmd(tag, BufDesc::RawAddress(address), result);
-            fetched = commit.await;
-        }
-    }
-
-    /// Whether a fetch brought a request that is to be served here.
-    fn has_request(&self, fetched: Result<i32, UblkError>) -> bool {
-        match fetched {
-            Ok(0) => !self.shared.is_frozen(),
-            Ok(code) => {
-                let error = UblkError::UringIOError(code);
-                self.shared
-                    .fail(&failed(&error, self.work, "a fetch failed"));
-                false
-            }
-            Err(UblkError::QueueIsDown) => false,
-            Err(error) => {
-                self.shared
-                    .fail(&failed(&error, self.work, "a fetch failed"));
-                false
-            }
-        }
-    }
-
-    /// Keeps a read of the bell in the ring.
-    async fn listen(&self, rung: &mut [u8; 8]) {
-        let bell = types::Fd(self.shared.bell.as_raw_fd());
-        while !self.is_closing.get() {
-            let entry = opcode::Read::new(bell, rung.as_mut_ptr(), 8).build();
-            let result = run_entry(entry).await;
-            if result < 0 && !matches!(-result, libc::EINTR | libc::EAGAIN) {
-                let error = UblkError::UringIOError(result);
-                self.shared
-                    .fail(&failed(&error, self.work, "cannot be woken"));
-                return;
-            }
-        }
-    }
-
-    /// Ends the listener, so that the ring dies without an operation under way.
-    fn close(&self) {
-        if !self.is_closing.replace(true) {
-            self.shared.bell.ring();
-        }
     }
 }
 
@@ -343,7 +207,7 @@ fn make_ring(depth: u16) -> io::Result<()> {
 }
 
 #[cold]
-fn failed(error: &UblkError, work: &Work, fact: &str) -> Error {
+pub(super) fn failed(error: &UblkError, work: &Work, fact: &str) -> Error {
     let dev_id = work.device.dev_info.dev_id;
     Error::io(
         super::os_error(error),

@@ -1,8 +1,8 @@
 //! One request of the kernel: taken apart, handed to the volume, its result as the kernel wants it.
 
-use crate::device::Device;
+use crate::device::{Destination, Device, Source};
 use crate::error::{Error, ErrorKind};
-use crate::pool::Attached;
+use crate::pool::{Attached, Transfer};
 use crate::units::SECTOR_BYTES;
 use libublk::sys;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,30 +60,46 @@ impl Request {
         }
     }
 
-    /// Carries it out: bytes moved for a read or a write, 0 for the others, or a negative errno.
-    pub(super) async fn serve<D: Device>(
+    /// The offset and the length of a read or a write.
+    pub(super) fn transfer(self) -> Option<(Transfer, u64, u32)> {
+        let (transfer, offset, bytes) = match self {
+            Self::Read { offset, bytes } => (Transfer::Read, offset, bytes),
+            Self::Write { offset, bytes } => (Transfer::Write, offset, bytes),
+            Self::Flush
+            | Self::Discard { .. }
+            | Self::WriteZeroes { .. }
+            | Self::Unknown { .. } => return None,
+        };
+        Some((transfer, offset, u32::try_from(bytes).ok()?))
+    }
+
+    /// Carries it out: bytes moved for a read or a write, 0 for the others, or a negative errno. `room` gives the place of
+    /// so many bytes, if there is one.
+    pub(super) async fn serve<D, P>(
         self,
         attached: &Attached,
         device: &D,
-        buffer: &mut [u8],
-    ) -> i32 {
-        let room = buffer.len();
-        let part = |bytes: u64| usize::try_from(bytes).ok().filter(|&bytes| bytes <= room);
+        room: impl FnOnce(usize) -> Option<P>,
+    ) -> i32
+    where
+        D: Device,
+        P: Source<D> + Destination<D>,
+    {
         let (done, moved) = match self {
-            Self::Read { offset, bytes } => match part(bytes) {
-                Some(bytes) => (
-                    attached.read(device, offset, &mut buffer[..bytes]).await,
-                    bytes,
-                ),
-                None => return -libc::EINVAL,
-            },
-            Self::Write { offset, bytes } => match part(bytes) {
-                Some(bytes) => (
-                    attached.write(device, offset, &buffer[..bytes]).await,
-                    bytes,
-                ),
-                None => return -libc::EINVAL,
-            },
+            Self::Read { offset, bytes } => {
+                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                let Some(mut place) = room(bytes) else {
+                    return -libc::EINVAL;
+                };
+                (attached.read(device, offset, &mut place).await, bytes)
+            }
+            Self::Write { offset, bytes } => {
+                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                let Some(place) = room(bytes) else {
+                    return -libc::EINVAL;
+                };
+                (attached.write(device, offset, &place).await, bytes)
+            }
             Self::Flush => (attached.flush(device).await, 0),
             Self::Discard { offset, bytes } => (attached.discard(device, offset, bytes).await, 0),
             Self::WriteZeroes {

@@ -4,17 +4,24 @@
 //! Invariant: an operation that the kernel has is never forgotten. Its buffer belongs to the caller's frame, so a future
 //! dropped meanwhile ends the process: the kernel would write into memory that is somebody else's by then.
 
+use crate::device::whole::{read_whole, write_whole};
 use crate::device::{PoolFile, SystemCalls};
+use crate::error::Result;
 use io_uring::{opcode, squeue, types};
 use libublk::UblkUringData;
 use libublk::uring_async::ublk_submit_sqe_async;
 use std::cell::Cell;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
+use std::ptr;
 use std::sync::Arc;
 
 /// Where the pool file stands in each queue's table of registered files; the device's own control file is 0.
-const POOL_FILE: types::Fixed = types::Fixed(1);
+pub(super) const POOL_FILE: types::Fixed = types::Fixed(1);
+/// Where clients' pages are registered, `/dev/zero` and the file in memory stand there too.
+pub(super) const ZERO_FILE: types::Fixed = types::Fixed(2);
+pub(super) const SCRATCH_FILE: types::Fixed = types::Fixed(3);
 /// The longest single transfer: what `read(2)` moves at most, down to a whole block.
 const TRANSFER_BYTES_MAX: usize = 0x7fff_f000;
 
@@ -26,8 +33,19 @@ pub(super) struct RingDevice {
 }
 
 /// Ends the process when it is dropped before the operation ended.
-struct InFlight {
+#[derive(Debug)]
+pub(super) struct InFlight {
     has_ended: bool,
+}
+
+impl InFlight {
+    pub(super) fn begin() -> Self {
+        Self { has_ended: false }
+    }
+
+    pub(super) fn end(mut self) {
+        self.has_ended = true;
+    }
 }
 
 impl Drop for InFlight {
@@ -41,9 +59,9 @@ impl Drop for InFlight {
 
 /// Runs one entry on this thread's ring: its result, or a negative errno.
 pub(super) async fn run_entry(entry: squeue::Entry) -> i32 {
-    let mut in_flight = InFlight { has_ended: false };
+    let in_flight = InFlight::begin();
     let answer = ublk_submit_sqe_async(entry, UblkUringData::Target as u64).await;
-    in_flight.has_ended = true;
+    in_flight.end();
     answer.unwrap_or(-libc::EIO)
 }
 
@@ -66,6 +84,42 @@ impl RingDevice {
             file,
             can_punch: Cell::new(true),
         }
+    }
+
+    /// Fills a part of registered pages from a file.
+    pub(super) async fn fill_registered(
+        &self,
+        file: types::Fixed,
+        index: u16,
+        part: Range<usize>,
+        offset: u64,
+    ) -> Result<()> {
+        read_whole(self.path(), offset, part.len(), async |done| {
+            // For registered pages of a request an address is an offset among them.
+            let place = ptr::without_provenance_mut(part.start + done);
+            let entry = opcode::ReadFixed::new(file, place, entry_length(part.len() - done), index);
+            let entry = entry.offset(offset + done as u64).build();
+            outcome(run_entry(entry).await)
+        })
+        .await
+    }
+
+    /// Writes a part of registered pages to a file.
+    pub(super) async fn store_registered(
+        &self,
+        file: types::Fixed,
+        index: u16,
+        part: Range<usize>,
+        offset: u64,
+    ) -> Result<()> {
+        write_whole(self.path(), offset, part.len(), async |done| {
+            let place = ptr::without_provenance(part.start + done);
+            let length = entry_length(part.len() - done);
+            let entry = opcode::WriteFixed::new(file, place, length, index);
+            let entry = entry.offset(offset + done as u64).build();
+            outcome(run_entry(entry).await)
+        })
+        .await
     }
 }
 

@@ -105,6 +105,7 @@ impl Served {
             bytes: attached.bytes(),
             sector_bytes: attached.sector_bytes(),
             read_only: options.read_only || attached.is_read_only(),
+            memory_alignment: file.memory_alignment(),
         };
         steps::check(options)?;
         let mark = MARK | u64::from(steps::random()?);
@@ -112,12 +113,12 @@ impl Served {
         let pool_fd = file.as_raw_fd();
         let opened = Ask::about("a new device", "ADD_DEV")
             .run(move |commands| steps::add(commands, &wanted, mark, pool_fd))?;
-        let dev_id = opened.device.dev_info.dev_id;
+        let (dev_id, flags) = (opened.device.dev_info.dev_id, opened.device.dev_info.flags);
         let served = Self::serve(opened, file, attached)?;
         let start = move |commands: &mut Commands| {
             let shown = block_path(dev_id);
             let shown = shown.display();
-            (commands.set_params(dev_id, &geometry.params()))
+            (commands.set_params(dev_id, &geometry.params(flags)))
                 .map_err(|e| Error::io(e, format!("{shown}: the kernel refuses its parameters")))?;
             commands
                 .start(dev_id)
@@ -185,6 +186,7 @@ impl Served {
                 file: Arc::clone(&served.file),
                 attached: Arc::clone(&served.attached),
                 affinity,
+                helpers: opened.helpers.clone(),
             };
             match Queue::start(work, ready.clone()) {
                 Ok(queue) => served.queues.push(queue),

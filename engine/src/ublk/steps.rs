@@ -3,15 +3,17 @@
 use super::command::{Affinity, Commands, is_gone};
 use super::control::{Ask, cannot_control};
 use super::params::{self, DEPTH_MAX, IO_BUFFER_BYTES};
+use super::registered::Helpers;
 use super::served::DeviceOptions;
 use super::{block_path, char_path, os_error, sysfs};
 use crate::error::{Error, ErrorKind, Result};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
-use libublk::{UblkError, UblkFlags};
+use libublk::{UblkError, UblkFlags, sys};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a device may take to stop: the kernel writes what is dirty in its page cache first.
@@ -24,6 +26,8 @@ pub(super) struct Opened {
     pub(super) affinities: Vec<Option<Affinity>>,
     /// Whether this process added it, and so takes it away again if it cannot be started.
     pub(super) is_new: bool,
+    /// Where the driver registers clients' pages.
+    pub(super) helpers: Option<Arc<Helpers>>,
 }
 
 /// Refuses options that can't be.
@@ -131,9 +135,16 @@ fn open_with(
     is_new: bool,
 ) -> Result<Opened> {
     let info = control.dev_info();
+    let registers = info.flags & u64::from(sys::UBLK_F_AUTO_BUF_REG) != 0;
+    let helpers = registers.then(Helpers::open).transpose()?;
     let register = |device: &mut UblkDev| {
         device.tgt.fds[1] = pool_fd;
         device.tgt.nr_fds = 2;
+        if let Some(helpers) = &helpers {
+            device.tgt.fds[2] = helpers.zeros.as_raw_fd();
+            device.tgt.fds[3] = helpers.scratch.as_raw_fd();
+            device.tgt.nr_fds = 4;
+        }
         Ok(())
     };
     let device = UblkDev::new(String::from("blockfork"), register, control);
@@ -148,6 +159,7 @@ fn open_with(
         affinities: affinities.collect(),
         device: device.map_err(cannot_open)?,
         is_new,
+        helpers: helpers.map(Arc::new),
     })
 }
 

@@ -15,6 +15,21 @@ fn fio_reads_back_what_it_wrote() {
 
 #[test]
 #[ignore = "needs a kernel with ublk: cargo x test runs it in the guest"]
+fn memory_aligned_to_a_sector_serves_for_direct_io() {
+    let pool = Pool::on_ram_disk("alignment");
+    let device = pool.volume("v", "128M");
+    let alignment: u64 = device.attribute("queue/dma_alignment").parse().unwrap();
+    assert!(alignment < 4096, "{alignment}");
+    let load =
+        "--rw=randrw --bsrange=4k-256k --iodepth=16 --size=64M --iomem_align=512 --mem=malloc";
+    shell(&device.fio(load));
+    pool.snapshot("v@s");
+    shell(&device.fio(load));
+    pool.check();
+}
+
+#[test]
+#[ignore = "needs a kernel with ublk: cargo x test runs it in the guest"]
 fn a_volume_with_512_byte_sectors_takes_single_sectors() {
     let pool = Pool::on_ram_disk("sectors");
     pool.ctl(&[
