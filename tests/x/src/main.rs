@@ -42,7 +42,7 @@ enum Verb {
     Setup,
     /// The main job on real data: create, snapshot, clone, roll back, kill, recover, check
     Demo(demo::Options),
-    /// Compare with `rublk add loop` in instruction-counted time, for docs/performance.md
+    /// Compare with its peers in instruction-counted time, for docs/performance.md
     Bench(bench::Options),
     /// R7 of the scorecard, over NBD: kill the daemon under verifying clients, and compare every block
     KillNbd(kill_nbd::Options),

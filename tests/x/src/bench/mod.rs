@@ -1,10 +1,13 @@
-//! `x bench`: ublkctl against `rublk add loop`, in one guest whose clock counts instructions.
+//! `x bench`: ublkctl against its peers, in one guest whose clock counts instructions.
 //!
 //! The same RAM disk, the same queues and depth, in alternating order. What is compared is the work
 //! per request, so a busy machine does not change the numbers.
 
+mod chart;
+mod results;
 mod table;
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -12,12 +15,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::{command, guest, paths, setup};
-use table::Results;
+use results::Results;
 
 const PEER_VERSION: &str = "0.2.15";
 const SCRIPT: &str = include_str!("guest.sh");
 const SNAPSHOTS: &str = include_str!("snapshots.sh");
-const LIMIT: Duration = Duration::from_secs(30 * 60);
+const LIMIT: Duration = Duration::from_secs(60 * 60);
+/// Peers that are programs of this machine, put into the guest where they are measured.
+const PROGRAMS: [(&str, &[&str]); 1] = [("qcow2", &["qemu-img", "qemu-nbd"])];
 
 /// What is measured.
 #[derive(Debug, clap::Args)]
@@ -25,66 +30,121 @@ pub struct Options {
     /// The guest's kernel: "new" or "6.12"
     #[arg(long, default_value = "new")]
     kernel: guest::Kernel,
-    /// Only the jobs whose name contains this
-    #[arg(long, default_value = "")]
-    job: String,
-    /// The targets, in this order: rublk, rublk-zc (its zero-copy mode), ublkctl
+    /// Only the jobs whose name contains one of these
+    #[arg(long, value_delimiter = ',')]
+    job: Vec<String>,
+    /// The targets, in this order: raw, null, loop, loop-z (these three are rublk's), dm-thin, dm-snapshot, btrfs, qcow2,
+    /// ublkctl
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "rublk,ublkctl,ublkctl,rublk,rublk,ublkctl"
+        default_value = "loop-z,ublkctl,dm-thin,loop,null,raw,dm-snapshot,btrfs,qcow2,dm-thin,ublkctl,loop-z"
     )]
     targets: Vec<String>,
+    /// Queues of each ublk device
+    #[arg(long, default_value_t = 2)]
+    queues: u16,
+    /// With one processor, so that the time of a daemon on it is its own: instructions per request, instead of speeds
+    #[arg(long)]
+    instructions: bool,
     /// Measure how long a snapshot takes, instead: for 1 GiB and for LARGEST GiB of mapped blocks
     #[arg(long)]
     snapshots: bool,
     /// See --snapshots
     #[arg(long, default_value_t = 64, value_name = "GIB")]
     largest: u32,
-    /// Print the table, leave docs/performance.md as it is
+    /// Print the tables, leave docs/performance.md as it is
     #[arg(long)]
     dry_run: bool,
 }
 
-/// Runs the jobs and prints the table.
+/// Runs the jobs and prints the tables.
 pub fn run(options: &Options) -> Result<ExitCode> {
     setup::install_missing()?;
     if options.snapshots {
         return snapshots(options);
     }
+    let queues = if options.instructions {
+        1
+    } else {
+        options.queues
+    };
     let mut job = guest::Job::new(
         options.kernel,
-        &format!("TARGETS='{}'\n{SCRIPT}", options.targets.join(" ")),
+        &format!(
+            "TARGETS='{}' QUEUES={queues}\n{SCRIPT}",
+            options.targets.join(" ")
+        ),
         LIMIT,
     );
     job.instruction_clock = true;
     job.silent = true;
+    if options.instructions {
+        job.processors = 1;
+    }
     for file in jobs(&options.job)? {
         job.add_to_root(&file)?;
     }
-    if options
-        .targets
-        .iter()
-        .any(|target| target.starts_with("rublk"))
-    {
+    let measures = |name: &str| options.targets.iter().any(|target| target == name);
+    if ["null", "loop", "loop-z"].into_iter().any(measures) {
         job.add_to_root(&peer()?)?;
     }
-    if options.targets.iter().any(|target| target == "ublkctl") {
+    for (target, programs) in PROGRAMS {
+        if measures(target) {
+            for program in programs {
+                job.add_installed(program)?;
+            }
+        }
+    }
+    if measures(results::OURS) {
         job.add_program(&command::build_ublkctl()?, "ublkctl");
     }
     eprintln!("x: measuring in a guest; this takes some minutes");
     let outcome = job.run()?;
     if outcome.status != 0 {
-        bail!("the guest failed:\n{}", outcome.output);
+        let said = outcome.output.lines();
+        let said: Vec<_> = said.filter(|line| !line.starts_with('@')).collect();
+        bail!("the guest failed:\n{}", said.join("\n"));
     }
     let results = Results::read(&outcome.output)?;
     results.show_turns();
-    let text = results.text(&outcome.kernel, &options.targets);
+    let machine = machine(options, &outcome.kernel, &results);
+    let (part, text) = if options.instructions {
+        ("instructions", table::instructions(&results) + &machine)
+    } else {
+        let tables = table::goals(&results) + "\n" + &table::speeds(&results);
+        ("speeds", tables + &machine)
+    };
     print!("{text}");
-    if !options.dry_run {
-        table::write(&page(), "speeds", &text)?;
+    if options.dry_run {
+        return Ok(ExitCode::SUCCESS);
     }
+    let mut text = text;
+    if !options.instructions {
+        for (name, title) in chart::write(&results, &page().with_file_name("performance"))? {
+            writeln!(text, "\n![{title}](performance/{name}.svg)")?;
+        }
+    }
+    table::write(&page(), part, &text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// How the figures came about.
+fn machine(options: &Options, kernel: &str, results: &Results) -> String {
+    let processors = if options.instructions { 1 } else { 2 };
+    let command = if options.instructions {
+        "cargo x bench --instructions"
+    } else {
+        "cargo x bench"
+    };
+    format!(
+        "\nMeasured with `{command}`: each target on the same RAM disk (brd), in the order {}; null, loop and loop-z are \
+         rublk {PEER_VERSION}'s. The median is shown; the same target differed by at most {:.1} % between its turns. \
+         Linux {kernel}, qemu with `-smp {processors} -accel tcg,thread=single -icount shift=1,sleep=off`: the guest's \
+         clock counts instructions, so these are not the speeds of real hardware, and only the ratios mean something.\n",
+        options.targets.join(", "),
+        results.spread() * 100.0
+    )
 }
 
 fn snapshots(options: &Options) -> Result<ExitCode> {
@@ -113,7 +173,7 @@ fn page() -> PathBuf {
     paths::root().join("docs/performance.md")
 }
 
-fn jobs(wanted: &str) -> Result<Vec<PathBuf>> {
+fn jobs(wanted: &[String]) -> Result<Vec<PathBuf>> {
     let folder = paths::root().join("fio-jobs");
     let entries =
         std::fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?;
@@ -121,8 +181,10 @@ fn jobs(wanted: &str) -> Result<Vec<PathBuf>> {
     let mut files: Vec<_> = files
         .filter(|file| file.extension().is_some_and(|extension| extension == "fio"))
         .filter(|file| {
-            file.file_stem()
-                .is_some_and(|name| name.to_string_lossy().contains(wanted))
+            file.file_stem().is_some_and(|name| {
+                let name = name.to_string_lossy();
+                wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str()))
+            })
         })
         .collect();
     files.sort();

@@ -1,134 +1,220 @@
-//! The results as a table, and its place in docs/performance.md.
+//! The results as tables in Markdown, and their place in docs/performance.md.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-/// Requests per second: by job, by target, one for each time it was measured.
-#[derive(Debug, Default)]
-pub(super) struct Results(BTreeMap<String, BTreeMap<String, Vec<f64>>>);
+use super::results::{OURS, Results, median};
 
-impl Results {
-    /// Reads the lines `@bench TARGET JOB TERSE`, where TERSE is fio's own format 3.
-    pub(super) fn read(output: &str) -> Result<Self> {
-        let mut results = Self::default();
-        for line in output
-            .lines()
-            .filter_map(|line| line.strip_prefix("@bench "))
-        {
-            let mut words = line.splitn(3, ' ');
-            let (Some(target), Some(job), Some(terse)) = (words.next(), words.next(), words.next())
-            else {
-                bail!("not a result: {line}");
-            };
-            let fields: Vec<_> = terse.split(';').collect();
-            let number = |index: usize| {
-                fields
-                    .get(index)
-                    .and_then(|field| field.parse::<f64>().ok())
-            };
-            // fio(1), terse output: 4 is the error, 7 the reads per second, 48 the writes.
-            let (Some(error), Some(reads), Some(writes)) = (number(4), number(7), number(48))
-            else {
-                bail!("not a result of fio: {line}");
-            };
-            if error != 0.0 {
-                bail!("fio failed: {line}");
-            }
-            let by_target = results.0.entry(job.to_owned()).or_default();
-            by_target
-                .entry(target.to_owned())
-                .or_default()
-                .push(reads + writes);
-        }
-        if results.0.is_empty() {
-            bail!("the guest printed no results:\n{output}");
-        }
-        Ok(results)
+/// The peers whose ratio to us is shown beside the speeds.
+const COMPARED: [&str; 2] = ["loop-z", "dm-thin"];
+
+/// What the issue of speed asks for: a job of ours, held against another figure.
+struct Goal {
+    what: &'static str,
+    job: &'static str,
+    peer: (&'static str, &'static str),
+    at_least: f64,
+}
+
+/// Ours against a peer in the same job.
+const fn against(what: &'static str, job: &'static str, peer: &'static str, at_least: f64) -> Goal {
+    Goal {
+        what,
+        job,
+        peer: (peer, job),
+        at_least,
     }
+}
 
-    /// Every single measurement, for whoever waits at the terminal.
-    pub(super) fn show_turns(&self) {
-        for (job, by_target) in &self.0 {
-            for (target, values) in by_target {
-                eprintln!("x: {job}, {target}: {values:?}");
-            }
-        }
+/// Ours in one job against ours in another.
+const fn within(what: &'static str, job: &'static str, other: &'static str, at_least: f64) -> Goal {
+    Goal {
+        what,
+        job,
+        peer: (OURS, other),
+        at_least,
     }
+}
 
-    /// The table and how it came about, in Markdown.
-    pub(super) fn text(&self, kernel: &str, targets: &[String]) -> String {
-        let mut columns: Vec<&String> = Vec::new();
-        for target in targets {
-            if !columns.contains(&target) {
-                columns.push(target);
-            }
+const GOALS: [Goal; 22] = [
+    against("4k random read, depth 32", "randread-4k", "loop-z", 0.97),
+    against("4k random read, depth 32", "randread-4k", "dm-thin", 1.0),
+    against(
+        "4k random overwrite, depth 32",
+        "randwrite-4k-overwrite",
+        "loop-z",
+        0.97,
+    ),
+    against(
+        "4k random overwrite, depth 32",
+        "randwrite-4k-overwrite",
+        "dm-thin",
+        1.0,
+    ),
+    against("4k read, depth 1", "randread-4k-depth1", "loop-z", 0.97),
+    against("4k read, depth 1", "randread-4k-depth1", "dm-thin", 1.0),
+    against(
+        "4k overwrite, depth 1",
+        "randwrite-4k-overwrite-depth1",
+        "loop-z",
+        0.97,
+    ),
+    against(
+        "4k overwrite, depth 1",
+        "randwrite-4k-overwrite-depth1",
+        "dm-thin",
+        1.0,
+    ),
+    against("256k read", "read-256k", "loop-z", 0.97),
+    against("256k read", "read-256k", "dm-thin", 1.0),
+    against("256k overwrite", "write-256k-overwrite", "loop-z", 0.97),
+    against("256k overwrite", "write-256k-overwrite", "dm-thin", 1.0),
+    against("256k first fill", "write-256k-fill", "loop-z", 0.9),
+    against("256k first fill", "write-256k-fill", "dm-thin", 1.0),
+    within(
+        "4k random first fill, against overwrite",
+        "randwrite-4k-fill",
+        "randwrite-4k-overwrite",
+        0.85,
+    ),
+    within(
+        "4k random write after a snapshot, against overwrite",
+        "randwrite-4k-after-snapshot",
+        "randwrite-4k-overwrite",
+        0.85,
+    ),
+    against(
+        "4k random write after a snapshot",
+        "randwrite-4k-after-snapshot",
+        "dm-thin",
+        1.5,
+    ),
+    within(
+        "4k random read under 1,000 snapshots, against none",
+        "randread-4k-under-snapshots",
+        "randread-4k",
+        0.98,
+    ),
+    within(
+        "4k random read on a clone 100 deep, against none",
+        "randread-4k-deep-clone",
+        "randread-4k",
+        0.98,
+    ),
+    against(
+        "4k overwrite + fdatasync, depth 1",
+        "randwrite-4k-fdatasync",
+        "loop-z",
+        1.0,
+    ),
+    against(
+        "4k overwrite + fdatasync, 8 jobs",
+        "randwrite-4k-fdatasync-8jobs",
+        "loop-z",
+        1.0,
+    ),
+    against(
+        "4k overwrite + fdatasync, depth 1",
+        "randwrite-4k-fdatasync",
+        "dm-thin",
+        1.0,
+    ),
+];
+
+/// Requests per second of every target, and ours as a share of those that matter most.
+pub(super) fn speeds(results: &Results) -> String {
+    let targets = results.targets();
+    let compared: Vec<_> = COMPARED
+        .into_iter()
+        .filter(|peer| targets.iter().any(|target| target == peer))
+        .collect();
+    let mut text = String::from("| job, requests per second |");
+    for target in &targets {
+        text += &format!(" {target} |");
+    }
+    for peer in &compared {
+        text += &format!(" {OURS} : {peer} |");
+    }
+    text += "\n|---|";
+    text += &"---:|".repeat(targets.len() + compared.len());
+    text.push('\n');
+    for job in results.jobs() {
+        text += &format!("| `{job}` |");
+        for target in &targets {
+            text += &cell(results.speed(target, &job), |value| format!("{value:.0}"));
         }
-        let mut text = String::from("| job, requests per second |");
-        for column in &columns {
-            text += &format!(" {column} |");
+        for peer in &compared {
+            let ratio = ratio(results.speed(OURS, &job), results.speed(peer, &job));
+            text += &cell(ratio, |value| format!("{value:.2}"));
         }
-        text += " ublkctl : rublk |\n|---|";
-        text += &"---:|".repeat(columns.len() + 1);
         text.push('\n');
-        for (job, by_target) in &self.0 {
-            let middle = |target: &str| median(by_target.get(target)?);
-            text += &format!("| `{job}` |");
-            for column in &columns {
-                text += &middle(column)
-                    .map_or_else(|| " |".to_owned(), |value| format!(" {value:.0} |"));
-            }
-            match (middle("ublkctl"), middle("rublk")) {
-                (Some(ours), Some(peers)) => text += &format!(" {:.2} |\n", ours / peers),
-                _ => text += " |\n",
-            }
+    }
+    text
+}
+
+/// What was aimed at, and what came out.
+pub(super) fn goals(results: &Results) -> String {
+    let mut text =
+        String::from("| goal | against | at least | measured | |\n|---|---|---:|---:|---|\n");
+    for goal in &GOALS {
+        let (peer, job) = goal.peer;
+        let Some(ratio) = ratio(results.speed(OURS, goal.job), results.speed(peer, job)) else {
+            continue;
+        };
+        let shown = if peer == OURS { job } else { peer };
+        let verdict = if ratio >= goal.at_least {
+            "reached"
+        } else {
+            "missed"
+        };
+        text += &format!(
+            "| {} | {shown} | {:.2} | {ratio:.2} | {verdict} |\n",
+            goal.what, goal.at_least
+        );
+    }
+    text
+}
+
+/// Processor time of the servers per request: with one processor and a clock that counts instructions, instructions.
+pub(super) fn instructions(results: &Results) -> String {
+    let peers: Vec<_> = results
+        .targets()
+        .into_iter()
+        .filter(|target| results.has_spent(target))
+        .collect();
+    let mut text = String::from("| job, instructions of the daemon per request |");
+    for peer in &peers {
+        text += &format!(" {peer} |");
+    }
+    text += &format!(" {OURS} : loop-z |\n|---|");
+    text += &"---:|".repeat(peers.len() + 1);
+    text.push('\n');
+    for job in results.jobs() {
+        text += &format!("| `{job}` |");
+        for peer in &peers {
+            text += &cell(results.instructions(peer, &job), |value| {
+                format!("{value:.0}")
+            });
         }
-        let spread = self
-            .0
-            .values()
-            .flat_map(BTreeMap::values)
-            .map(|values| spread(values))
-            .fold(0.0, f64::max);
-        writeln!(
-            text,
-            "\nMeasured with `cargo x bench`: `rublk add loop` of rublk 0.2.15 and a volume of one pool, both on the same \
-             RAM disk (brd), 2 queues of depth 128, each target in the order {}. The median is shown; the same \
-             target differed by at most {:.1} % between its turns. Linux {kernel}, qemu with \
-             `-smp 2 -accel tcg,thread=single -icount shift=1,sleep=off`: the guest's clock counts instructions, so \
-             these are not the speeds of real hardware, and only the ratios mean something.",
-            targets.join(", "),
-            spread * 100.0
-        )
-        .unwrap_or_default();
-        text
+        let ratio = ratio(
+            results.instructions(OURS, &job),
+            results.instructions("loop-z", &job),
+        );
+        text += &cell(ratio, |value| format!("{value:.2}"));
+        text.push('\n');
     }
+    text
 }
 
-/// One turn in which the scheduler placed a thread badly does not move it.
-fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    let upper = *sorted.get(middle)?;
-    Some(if sorted.len() % 2 == 1 {
-        upper
-    } else {
-        f64::midpoint(upper, sorted[middle - 1])
-    })
+fn ratio(ours: Option<f64>, peers: Option<f64>) -> Option<f64> {
+    Some(ours? / peers?)
 }
 
-/// How far apart the lowest and the highest are, as a share of the lowest.
-fn spread(values: &[f64]) -> f64 {
-    let lowest = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let highest = values.iter().copied().fold(0.0, f64::max);
-    if lowest > 0.0 {
-        highest / lowest - 1.0
-    } else {
-        0.0
-    }
+fn cell(value: Option<f64>, show: impl FnOnce(f64) -> String) -> String {
+    value.map_or_else(|| " |".to_owned(), |value| format!(" {} |", show(value)))
 }
 
 /// The lines `@snapshot GIB-MAPPED SNAPSHOTS-BEFORE MICROSECONDS...` as a table.
@@ -193,23 +279,26 @@ pub(super) fn write(page: &Path, part: &str, text: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::Results;
+    use super::super::results::tests::output;
+    use super::*;
 
     #[test]
-    fn the_table_shows_medians_and_the_ratio() {
-        let terse = |reads: &str| {
-            let mut fields = vec!["0"; 130];
-            fields[7] = reads;
-            fields.join(";")
-        };
-        let output = format!(
-            "noise\n@bench rublk j {}\n@bench rublk j {}\n@bench ublkctl j {}\n",
-            terse("100"),
-            terse("200"),
-            terse("300")
+    fn the_tables_show_medians_and_ratios() {
+        let results = Results::read(&output(&[
+            ("loop-z", "randread-4k", 100),
+            ("loop-z", "randread-4k", 200),
+            ("ublkctl", "randread-4k", 300),
+        ]))
+        .unwrap();
+        let text = speeds(&results);
+        assert!(
+            text.contains("| `randread-4k` | 150 | 300 | 2.00 |"),
+            "{text}"
         );
-        let results = Results::read(&output).unwrap();
-        let text = results.text("7.3", &["rublk".to_owned(), "ublkctl".to_owned()]);
-        assert!(text.contains("| `j` | 150 | 300 | 2.00 |"), "{text}");
+        let text = goals(&results);
+        assert!(
+            text.contains("| loop-z | 0.97 | 2.00 | reached |"),
+            "{text}"
+        );
     }
 }

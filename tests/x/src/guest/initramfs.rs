@@ -52,6 +52,15 @@ const PROGRAMS: [&str; 30] = [
 /// Where programs are looked for: the administrator's come first, and not everybody has them in PATH.
 const SEARCH: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
+/// A program of this machine.
+pub(super) fn find(name: &str) -> Result<PathBuf> {
+    SEARCH
+        .iter()
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.exists())
+        .with_context(|| format!("{name} is not installed: run cargo x setup"))
+}
+
 /// An image on this machine's disk, removed when dropped.
 #[derive(Debug)]
 pub(super) struct Image(PathBuf);
@@ -85,13 +94,7 @@ pub(super) fn build(
     };
     tree.system(kernel)?;
     for name in PROGRAMS {
-        let program = SEARCH
-            .iter()
-            .map(|folder| Path::new(folder).join(name))
-            .find(|path| path.exists());
-        let program =
-            program.with_context(|| format!("{name} is not installed: run cargo x setup"))?;
-        tree.program(&program, &format!("/usr/bin/{name}"))?;
+        tree.program(&find(name)?, &format!("/usr/bin/{name}"))?;
     }
     tree.program(
         &std::env::current_exe().context("cannot find this program")?,
@@ -184,11 +187,7 @@ impl Tree {
 
     /// Busybox, under every name for which the real program is not there.
     fn busybox(&mut self) -> Result<()> {
-        let busybox = SEARCH
-            .iter()
-            .map(|folder| Path::new(folder).join("busybox"))
-            .find(|path| path.exists());
-        let busybox = busybox.context("busybox is not installed: run cargo x setup")?;
+        let busybox = find("busybox")?;
         self.copy(&busybox, "/bin/busybox")?;
         // Busybox's own shell would prefer its applets to the real programs.
         self.archive

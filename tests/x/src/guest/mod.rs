@@ -26,6 +26,8 @@ pub struct Job {
     limit: Duration,
     /// Time follows the instructions that ran: what the guest measures repeats on a busy machine.
     pub instruction_clock: bool,
+    /// Processors of the guest.
+    pub processors: u8,
     /// Image files, or what else qemu takes for one, attached as /dev/vda and so on.
     pub disks: Vec<PathBuf>,
     /// Programs and files to put into the guest: from here, to there.
@@ -42,6 +44,7 @@ impl Job {
             script: script.to_owned(),
             limit,
             instruction_clock: false,
+            processors: 2,
             disks: Vec::new(),
             files: Vec::new(),
             silent: false,
@@ -52,6 +55,12 @@ impl Job {
     pub fn add_program(&mut self, program: &Path, name: &str) {
         self.files
             .push((program.to_owned(), format!("/usr/bin/{name}")));
+    }
+
+    /// Puts an installed program into the guest's search path, together with the libraries that it needs.
+    pub fn add_installed(&mut self, name: &str) -> Result<()> {
+        self.add_program(&initramfs::find(name)?, name);
+        Ok(())
     }
 
     /// Puts a file or program into the guest's home folder, under its own name.
@@ -91,6 +100,7 @@ impl Job {
         let image = initramfs::build(&kernel, &self.script, &self.files)?;
         let machine = qemu::Machine {
             accel,
+            processors: self.processors,
             kernel: &kernel.image,
             initramfs: image.path(),
             disks: &self.disks,

@@ -14,6 +14,7 @@ use super::accel::Accel;
 #[derive(Debug)]
 pub(super) struct Machine<'a> {
     pub(super) accel: Accel,
+    pub(super) processors: u8,
     pub(super) kernel: &'a Path,
     pub(super) initramfs: &'a Path,
     pub(super) disks: &'a [PathBuf],
@@ -148,7 +149,7 @@ fn command(machine: &Machine<'_>) -> Command {
         "-cpu",
         "max",
         "-smp",
-        "2",
+        &machine.processors.to_string(),
         "-m",
         "3G",
         "-nodefaults",
