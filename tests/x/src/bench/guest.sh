@@ -2,7 +2,7 @@
 # TARGETS: in this order, some of them several times. QUEUES: of each ublk device.
 # A target is a few functions: T_open makes a device of which nothing is written and puts its path into DEVICE, T_snapshot
 # takes a snapshot, T_clone puts a clone of a new snapshot into DEVICE, T_close takes everything away.
-export UBLKCTL_STATE_DIR=/run/state UBLKCTL_RUNTIME_DIR=/run/ublkctl
+export UBLKCTL_STATE_DIR=/run/state UBLKCTL_RUNTIME_DIR=/run/ublkctl DM_DISABLE_UDEV=1
 set -e
 
 # Every page of the RAM disk exists before anything is timed.
@@ -26,7 +26,7 @@ loop_z_open() { rublk_open loop -z -f /dev/ram0; }
 loop_z_close() { rublk_close; }
 
 # As LVM makes a thin pool: chunks of 64 KiB, zeroed where they are not written whole.
-make_dm() { dmsetup create "$1" --noudevrules --noudevsync --table "$2"; }
+make_dm() { dmsetup create "$1" --table "$2"; }
 thin_open() {
   dd if=/dev/zero of=/dev/ram1 bs=4k count=1 oflag=direct status=none
   make_dm pool "0 $(blockdev --getsz /dev/ram0) thin-pool /dev/ram1 /dev/ram0 128 0"
@@ -37,13 +37,13 @@ thin_open() {
 }
 thin_snapshot() {
   NUMBER=$((NUMBER + 1))
-  dmsetup suspend --noudevsync thin0
+  dmsetup suspend thin0
   dmsetup message pool 0 "create_snap $NUMBER 0"
-  dmsetup resume --noudevsync thin0
+  dmsetup resume thin0
 }
 thin_close() {
-  dmsetup remove --noudevsync thin0
-  dmsetup remove --noudevsync pool
+  dmsetup remove thin0
+  dmsetup remove pool
 }
 
 snapshot_open() {
@@ -54,14 +54,14 @@ snapshot_snapshot() {
   [ -z "$(dmsetup ls --target snapshot | grep copies)" ] || return 0
   dd if=/dev/zero of=/dev/ram1 bs=4k count=1 oflag=direct status=none
   make_dm below "0 524288 linear /dev/ram0 0"
-  dmsetup suspend --noudevsync origin
+  dmsetup suspend origin
   make_dm copies "0 524288 snapshot /dev/mapper/below /dev/ram1 P 8"
   dmsetup reload origin --table "0 524288 snapshot-origin /dev/mapper/below"
-  dmsetup resume --noudevsync origin
+  dmsetup resume origin
 }
 snapshot_close() {
   for name in origin copies below; do
-    ! dmsetup info "$name" >/dev/null 2>&1 || dmsetup remove --noudevsync "$name"
+    ! dmsetup info "$name" >/dev/null 2>&1 || dmsetup remove "$name"
   done
 }
 
@@ -83,7 +83,7 @@ btrfs_close() {
 }
 
 qcow2_connect() {
-  qemu-nbd --connect=/dev/nbd0 --format=qcow2 --cache=none --aio=io_uring --discard=unmap --fork "/mnt/disk$NUMBER" >/dev/null
+  qemu-nbd --socket=/run/nbd0.socket --connect=/dev/nbd0 --format=qcow2 --cache=none --aio=io_uring --discard=unmap --fork "/mnt/disk$NUMBER" >/dev/null
   while [ "$(cat /sys/block/nbd0/size)" = 0 ]; do sleep 0.1; done
   DEVICE=/dev/nbd0
 }
