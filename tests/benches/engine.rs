@@ -130,7 +130,7 @@ fn lookup_for_read(bencher: Bencher<'_, '_>) {
         let direct = fixture
             .volume
             .direct(Transfer::Read, fixture.random_offset(), 4096);
-        direct.unwrap().done();
+        assert!(direct.unwrap().done());
     });
 }
 
@@ -142,7 +142,7 @@ fn lookup_for_write(bencher: Bencher<'_, '_>) {
         let direct = fixture
             .volume
             .direct(Transfer::Write, fixture.random_offset(), 4096);
-        direct.unwrap().done();
+        assert!(direct.unwrap().done());
     });
 }
 
@@ -154,7 +154,7 @@ fn lookup_for_write_of_64_blocks(bencher: Bencher<'_, '_>) {
     bencher.bench(|| {
         let offset = fixture.random_offset() / bytes * bytes;
         let direct = fixture.volume.direct(Transfer::Write, offset, 64 << 12);
-        direct.unwrap().done();
+        assert!(direct.unwrap().done());
     });
 }
 

@@ -15,6 +15,7 @@ pub mod parallel;
 pub mod queues;
 pub mod scheduler;
 pub mod script;
+pub mod short_way;
 pub mod shrink;
 pub mod sim_device;
 pub mod tape;

@@ -4,6 +4,7 @@
 //! After a crash a block of a volume may hold what the last flush covered or anything written later: the window. Each
 //! stamp is unique, so a foreign or an old block is recognised.
 
+use crate::short_way;
 use crate::sim_device::{Fault, FaultKind, Loss, SimDevice};
 use blockfork::clock::ManualClock;
 use blockfork::device::BlockBuf;
@@ -390,7 +391,7 @@ impl Pair {
                 for (stamp, block) in (first..).zip(buffer.chunks_exact_mut(4096)) {
                     fill(block, stamp);
                 }
-                block_on(attached.write(&self.device, offset, &buffer))
+                block_on(short_way::write(&attached, &self.device, offset, &buffer))
             }
             Change::Discard => block_on(attached.discard(&self.device, offset, bytes)),
             Change::Zero { keep_space } => {
@@ -879,7 +880,13 @@ impl Pair {
                 if lba >= content.blocks {
                     continue;
                 }
-                block_on(attached.read(&self.device, lba * 4096, &mut buffer)).unwrap();
+                block_on(short_way::read(
+                    &attached,
+                    &self.device,
+                    lba * 4096,
+                    &mut buffer,
+                ))
+                .unwrap();
                 let stamp = stamp_of(&buffer);
                 assert!(
                     window.contains(&stamp),
@@ -936,7 +943,13 @@ impl Pair {
         let near = (0..content.blocks.min(1200)).chain(content.now.keys().copied());
         let mut buffer = BlockBuf::zeroed(1);
         for lba in near {
-            block_on(attached.read(&self.device, lba * 4096, &mut buffer)).unwrap();
+            block_on(short_way::read(
+                &attached,
+                &self.device,
+                lba * 4096,
+                &mut buffer,
+            ))
+            .unwrap();
             let stamp = stamp_of(&buffer);
             let expected = content.get(lba);
             assert_eq!(stamp, expected, "{} block {lba}", path(volume, snapshot));

@@ -4,6 +4,7 @@
 
 use crate::image::Image;
 use crate::scheduler::{self, Task};
+use crate::short_way;
 use crate::sim_device::SimDevice;
 use blockfork::clock::ManualClock;
 use blockfork::device::{BlockBuf, Device};
@@ -151,13 +152,17 @@ impl Run {
                     }
                 }
                 let called = self.history.now();
-                attached.write(device, offset, &buffer).await.unwrap();
+                short_way::write(attached, device, offset, &buffer)
+                    .await
+                    .unwrap();
                 let writes = (0..count).map(|n| (at(first + n), Action::Write(stamp + n)));
                 self.history.note(called, writes);
             }
             45..90 => {
                 let called = self.history.now();
-                attached.read(device, offset, &mut buffer).await.unwrap();
+                short_way::read(attached, device, offset, &mut buffer)
+                    .await
+                    .unwrap();
                 let reads = (first..).zip(buffer.chunks_exact(4096));
                 let reads = reads.map(|(lba, block)| (at(lba), Action::Read(stamp_of(block))));
                 self.history.note(called, reads);

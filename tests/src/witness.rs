@@ -3,6 +3,7 @@
 use crate::oracle::{Block, Found, FoundContent, Oracle, Span, Stamp};
 use crate::scheduler;
 use crate::script::{Phase, Script, Step};
+use crate::short_way;
 use crate::sim_device::SimDevice;
 use crate::tape::Tick;
 use blockfork::clock::ManualClock;
@@ -297,9 +298,8 @@ impl Witness {
         for (lba, stamp) in (lba..lba + count).zip(first..) {
             self.oracle.borrow_mut().writes(volume, lba, stamp, begun);
         }
-        let done = attached
-            .write(&self.device, lba * BLOCK_BYTES, &buffer)
-            .await;
+        let offset = lba * BLOCK_BYTES;
+        let done = short_way::write(&attached, &self.device, offset, &buffer).await;
         let span = self.ended(begun, &done);
         for lba in lba..lba + count {
             self.oracle.borrow_mut().wrote(volume, lba, span);

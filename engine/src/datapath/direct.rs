@@ -1,18 +1,20 @@
 //! The short way: a request for whole blocks that lie in one run on the device, and that may go there as they are. It
 //! takes one lookup and one operation of the device, which the frontend begins and ends by itself.
 
-use super::Io;
+use super::{Io, Reserved};
 use crate::journal::Ticket;
 use crate::map::{Mapping, Resolved};
 use crate::metadata::Metadata;
 use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Lba};
 
-/// A run of blocks on the device; it stays what it is until this is dropped.
+/// A run of blocks on the device, for one request.
 #[derive(Debug)]
-pub(crate) struct Direct<'a> {
-    pub(crate) extent: Extent,
-    _ticket: Ticket<'a>,
+pub(crate) enum Direct<'a> {
+    /// The blocks of the volume; they stay what they are until this is dropped.
+    There { extent: Extent, _ticket: Ticket<'a> },
+    /// New ones, for the blocks from where they are mapped once they are written.
+    New(Reserved<'a>),
 }
 
 impl<'a, D> Io<'a, D> {
@@ -46,37 +48,44 @@ impl<'a, D> Io<'a, D> {
     /// Where all of a read lies, if it can go the short way.
     pub(crate) fn direct_read(&self, offset: u64, bytes: usize) -> Option<Direct<'a>> {
         let (lba, blocks) = whole_blocks(offset, bytes)?;
-        let found = self
-            .ledger
-            .look(|metadata| self.resolve(metadata, lba, blocks));
+        let found = (self.ledger).look(|metadata| self.resolve(metadata, lba, blocks));
         match found {
-            Ok((Resolved::Mapped(extent), ticket)) => Direct::of(extent, blocks, ticket),
+            Ok((Resolved::Mapped(extent), ticket)) if extent.count == blocks => {
+                Some(Direct::There {
+                    extent,
+                    _ticket: ticket,
+                })
+            }
             _ => None,
         }
     }
 
-    /// Where all of a write goes in place, if it can go the short way.
+    /// Where all of a write goes, in place or to new blocks, if it can go the short way.
     pub(crate) fn direct_write(&self, offset: u64, bytes: usize) -> Option<Direct<'a>> {
         let (lba, blocks) = whole_blocks(offset, bytes)?;
         if self.ledger.is_poisoned() {
             return None;
         }
-        let found = self
-            .ledger
-            .look(|metadata| self.locate(metadata, lba, blocks));
+        let found = (self.ledger).look(|metadata| self.locate(metadata, lba, blocks));
         match found {
-            Ok((Mapping::Exclusive(extent), ticket)) => Direct::of(extent, blocks, ticket),
+            Ok((Mapping::Exclusive(extent), ticket)) if extent.count == blocks => {
+                Some(Direct::There {
+                    extent,
+                    _ticket: ticket,
+                })
+            }
+            Ok((Mapping::Hole(count) | Mapping::Shared(count), ticket)) if count == blocks => {
+                drop(ticket);
+                self.direct_redirect(lba, blocks)
+            }
             _ => None,
         }
     }
-}
 
-impl<'a> Direct<'a> {
-    fn of(extent: Extent, blocks: u64, ticket: Ticket<'a>) -> Option<Self> {
-        (extent.count == blocks).then_some(Self {
-            extent,
-            _ticket: ticket,
-        })
+    fn direct_redirect(&self, lba: Lba, blocks: u64) -> Option<Direct<'a>> {
+        let extent = (self.ledger).change_now(|draft| self.reserve(draft, blocks))?;
+        let reserved = self.reserved(lba, extent);
+        (extent.count == blocks).then_some(Direct::New(reserved))
     }
 }
 

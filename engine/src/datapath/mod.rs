@@ -9,6 +9,7 @@ mod discard;
 mod flush;
 mod range_lock;
 mod read;
+mod reserved;
 mod write;
 
 pub use allocation::Run;
@@ -16,6 +17,7 @@ pub(crate) use counters::{Counters, RequestCounters};
 pub(crate) use direct::Direct;
 pub(crate) use flush::flush;
 pub(crate) use range_lock::{RangeGuard, RangeLocks};
+pub(crate) use reserved::Reserved;
 
 use crate::checkpoint::Checkpoints;
 use crate::device::Device;

@@ -4,10 +4,8 @@
 use super::{Io, len};
 use crate::device::{BlockBuf, Device, Source};
 use crate::error::Result;
-use crate::format::map_page::LEAF_ENTRIES;
-use crate::format::record::Record;
 use crate::map::Mapping;
-use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Lba};
+use crate::units::{BLOCK_BYTES, BLOCK_LEN, Lba};
 use std::sync::atomic::Ordering;
 
 impl<D: Device> Io<'_, D> {
@@ -90,44 +88,17 @@ impl<D: Device> Io<'_, D> {
         S: Source<D> + ?Sized,
     {
         let extent = self
-            .change(|draft| {
-                let metadata = draft.metadata();
-                let goal = metadata.catalog.get(self.volume)?.goal;
-                let extent = metadata.space.reserve(goal, want)?;
-                if let Some(volume) = metadata.catalog.get_unsaved(self.volume) {
-                    volume.goal = extent.end();
-                }
-                Ok(extent)
-            })
+            .change(|draft| self.reserve(draft, want))
             .await
             .map_err(|error| error.at_lba(lba))?;
+        let mut reserved = self.reserved(lba, extent);
         let part = len(skip)..len(skip + extent.count);
         let written = from.store(self.device, part, extent.start.offset()).await;
-        if let Err(error) = written {
-            self.ledger.adjust(|metadata| metadata.space.cancel(extent));
-            return Err(error.at_lba(lba));
-        }
-        // One record a leaf.
-        let mut done = 0;
-        while done < extent.count {
-            let at = lba.plus(done);
-            let until_leaf_end = LEAF_ENTRIES as u64 - at.0 % LEAF_ENTRIES as u64;
-            let run = Extent::new(
-                extent.start.plus(done),
-                until_leaf_end.min(extent.count - done),
-            );
-            let record = Record::Map {
-                volume: self.volume,
-                lba: at,
-                pba: run.start,
-                count: run.count,
-            };
-            if let Err(error) = self.change(|draft| draft.apply(&record)).await {
-                let rest = Extent::new(run.start, extent.count - done);
-                self.ledger.adjust(|metadata| metadata.space.cancel(rest));
-                return Err(error.at_lba(at));
-            }
-            done += run.count;
+        written.map_err(|error| error.at_lba(lba))?;
+        while let Some((record, at)) = reserved.next() {
+            let mapped = self.change(|draft| draft.apply(&record)).await;
+            mapped.map_err(|error| error.at_lba(at))?;
+            reserved.advance();
         }
         self.counters
             .redirected_blocks

@@ -66,6 +66,13 @@ pub(crate) struct State {
     ring: Option<Ring>,
 }
 
+impl State {
+    fn is_backlogged(&self) -> bool {
+        self.pending.len() >= JOURNAL_PENDING_BYTES_MAX
+            || self.ring.as_ref().is_some_and(Ring::is_nearly_full)
+    }
+}
+
 /// A change being made: the metadata, and the records of what was done to it.
 #[derive(Debug)]
 pub(crate) struct Draft<'a> {
@@ -243,11 +250,25 @@ impl Ledger {
         }
     }
 
+    /// The same where nothing has to be read or flushed, and nothing refuses it; none otherwise, and then nothing was
+    /// changed.
+    pub(crate) fn change_now<T>(
+        &self,
+        change: impl FnOnce(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Option<T> {
+        if self.is_poisoned() {
+            return None;
+        }
+        let mut state = self.state.write();
+        if state.is_backlogged() {
+            return None;
+        }
+        change(&mut Draft { state: &mut state }).ok()
+    }
+
     /// Whether writers must wait for a commit before they append more.
     pub(crate) fn is_backlogged(&self) -> bool {
-        let state = self.state.read();
-        state.pending.len() >= JOURNAL_PENDING_BYTES_MAX
-            || state.ring.as_ref().is_some_and(Ring::is_nearly_full)
+        self.state.read().is_backlogged()
     }
 
     /// Whether records wait for a commit.

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
 use crate::name::VolumePath;
 use crate::sync::Published;
-use crate::units::{BLOCK_BYTES, Extent, VolumeId};
+use crate::units::{BLOCK_BYTES, VolumeId};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,7 +71,10 @@ pub struct Direct<'a> {
 impl Direct<'_> {
     /// Where the bytes are on the device.
     pub fn offset(&self) -> u64 {
-        self.run.extent.start.offset()
+        match &self.run {
+            datapath::Direct::There { extent, .. } => extent.start.offset(),
+            datapath::Direct::New(reserved) => reserved.offset(),
+        }
     }
 
     /// How many there are.
@@ -79,24 +82,38 @@ impl Direct<'_> {
         self.bytes
     }
 
-    fn counters(&self) -> &RequestCounters {
-        self.attached.request_counters(self.transfer)
-    }
-
-    /// All bytes were moved.
-    pub fn done(self) {
-        self.counters()
-            .end(self.began, &*self.attached.pool.ledger.clock);
-        if self.transfer == Transfer::Write {
-            let Extent { count, .. } = self.run.extent;
-            let written = &self.attached.volume.counters.in_place_blocks;
-            written.fetch_add(count, Ordering::Relaxed);
+    /// All bytes were moved. False if the same request has to come once more, as a write of the whole.
+    #[must_use]
+    pub fn done(self) -> bool {
+        let (attached, bytes) = (self.attached, self.bytes as u64);
+        let counters = &attached.volume.counters;
+        match self.run {
+            datapath::Direct::There { .. } if self.transfer == Transfer::Read => {}
+            datapath::Direct::There { extent, .. } => {
+                let written = &counters.in_place_blocks;
+                written.fetch_add(extent.count, Ordering::Relaxed);
+            }
+            datapath::Direct::New(reserved) => {
+                if !reserved.publish() {
+                    attached.request_counters(self.transfer).forget(self.bytes);
+                    return false;
+                }
+                let written = &counters.redirected_blocks;
+                written.fetch_add(bytes / BLOCK_BYTES, Ordering::Relaxed);
+            }
         }
+        let clock = &*attached.pool.ledger.clock;
+        attached
+            .request_counters(self.transfer)
+            .end(self.began, clock);
+        true
     }
 
     /// Not all bytes were moved: the same request comes once more, as a read or a write of the whole.
     pub fn give_up(self) {
-        self.counters().forget(self.bytes);
+        self.attached
+            .request_counters(self.transfer)
+            .forget(self.bytes);
     }
 }
 

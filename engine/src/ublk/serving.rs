@@ -301,12 +301,13 @@ impl<'a> Server<'a> {
             return Ok(());
         };
         in_flight.end();
-        if usize::try_from(result) == Ok(direct.bytes()) {
-            direct.done();
+        // What is short, put off, failed or cannot be mapped at once is done again from its beginning, by what knows how to
+        // go on and what to say.
+        if usize::try_from(result) != Ok(direct.bytes()) {
+            direct.give_up();
+        } else if direct.done() {
             return self.answer(tag, slot, result);
         }
-        // Short, put off or failed: done again from its beginning, by what knows how to go on and what to say.
-        direct.give_up();
         slot.hand(Request::decode(self.queue.get_iod(tag)));
         Ok(())
     }
