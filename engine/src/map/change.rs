@@ -190,24 +190,37 @@ impl MapStore {
         seq: Seq,
         space: &mut SpaceMap,
     ) {
-        let holes = self.count_holes(*root, lba, extent.count);
-        let leaf = self.make_writable(
-            root,
-            lba,
-            0,
-            i64::try_from(holes).unwrap_or(i64::MAX),
-            seq,
-            space,
-        );
+        let leaf = self.make_writable(root, lba, 0, 0, seq, space);
         let first = leaf_index(lba);
+        let mut holes = 0;
         if let Node::Leaf(entries) = Arc::make_mut(&mut self.page_mut(leaf).node) {
             for (entry, new) in entries[first..].iter_mut().zip(extent.blocks()) {
                 space.publish(new);
                 let old = std::mem::replace(entry, new);
-                if old.0 != 0 {
+                if old.0 == 0 {
+                    holes += 1;
+                } else {
                     space.release(old, Some(seq));
                 }
             }
+        }
+        if holes > 0 {
+            self.add_mapped(*root, lba, holes);
+        }
+    }
+
+    /// Adds to what the pages map from the root down to the leaf of `lba`, all of which were made writable.
+    fn add_mapped(&mut self, root: Root, lba: Lba, blocks: u64) {
+        let mut level = root.level;
+        let mut next = root.ptr;
+        while let Some(ptr) = next {
+            let page = self.page_mut(ptr);
+            page.mapped = page.mapped.saturating_add(blocks);
+            next = match &*page.node {
+                Node::Inner(children) => children[child_index(level, lba)],
+                Node::Leaf(_) => None,
+            };
+            level = level.saturating_sub(1);
         }
     }
 

@@ -205,7 +205,7 @@ impl Metadata {
                 let root = &mut volume.entry.root;
                 self.map
                     .remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
-                self.count_mapped(id)?;
+                self.count_mapped(id);
             }
             Record::Unmap { volume, .. } => {
                 let Prepared::Unmap(step) = prepared else {
@@ -215,7 +215,7 @@ impl Metadata {
                 let volume = self.catalog.get_mut(id)?;
                 self.map
                     .unmap(&mut volume.entry.root, step, seq, &mut self.space);
-                self.count_mapped(id)?;
+                self.count_mapped(id);
             }
             Record::Create {
                 id,
@@ -316,12 +316,13 @@ impl Metadata {
         Ok(())
     }
 
-    fn count_mapped(&mut self, id: VolumeId) -> Result<()> {
-        let volume = self.catalog.get_mut(id)?;
-        if let Ok(mapped) = self.map.mapped(volume.entry.root) {
+    /// Notes how much a volume maps that is marked as changed already.
+    fn count_mapped(&mut self, id: VolumeId) {
+        if let Some(volume) = self.catalog.get_unsaved(id)
+            && let Ok(mapped) = self.map.mapped(volume.entry.root)
+        {
             volume.entry.mapped_blocks = mapped;
         }
-        Ok(())
     }
 
     fn fork(
