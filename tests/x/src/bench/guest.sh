@@ -5,9 +5,6 @@
 export UBLKCTL_STATE_DIR=/run/state UBLKCTL_RUNTIME_DIR=/run/ublkctl DM_DISABLE_UDEV=1
 set -e
 
-# Every page of the RAM disk exists before anything is timed.
-dd if=/dev/zero of=/dev/ram0 bs=1M count=1024 oflag=direct status=none
-
 raw_open() { DEVICE=/dev/ram0; }
 raw_close() { :; }
 
@@ -134,6 +131,11 @@ ublkctl_close() {
   ublkctl pool destroy bench --force 2>/dev/null || ublkctl pool destroy bench
 }
 
+# Every page of the RAM disk exists before anything is timed, also those that the target before discarded.
+open() {
+  dd if=/dev/zero of=/dev/ram0 bs=1M count=1024 oflag=direct status=none
+  "$1_open"
+}
 has() { command -v "$1" >/dev/null; }
 # Time on a processor: with one, and a clock that counts instructions, those of the server alone.
 spent() { cat "/proc/$SERVER"/task/*/schedstat 2>/dev/null | { sum=0; while read -r ns _; do sum=$((sum + ns)); done; echo "$sum"; }; }
@@ -158,11 +160,11 @@ for target in $TARGETS; do
   function=${function#dm_}
   SERVER=
   if wanted randwrite-4k-fill && { has "${function}_snapshot" || [ "$target" = loop-z ]; }; then
-    "${function}_open"
+    open "$function"
     run "$target" randwrite-4k-fill
     "${function}_close"
   fi
-  "${function}_open"
+  open "$function"
   run "$target" write-256k-fill
   fill
   for job in randread-4k randread-4k-depth1 randwrite-4k-overwrite randwrite-4k-overwrite-depth1 read-256k \
