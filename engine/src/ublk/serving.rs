@@ -70,7 +70,8 @@ impl Purpose {
 /// A tag, and the request that it has.
 struct Slot<'a> {
     room: Room,
-    direct: Cell<Option<(Direct<'a>, InFlight)>>,
+    /// The guard comes first, so that it is dropped first: blocks that the kernel still works on are never given back.
+    direct: Cell<Option<(InFlight, Direct<'a>)>>,
     /// For the tag's task.
     request: Cell<Option<Request>>,
     task: Cell<Option<Waker>>,
@@ -288,7 +289,7 @@ impl<'a> Server<'a> {
             }
         };
         self.push(entry, Purpose::Direct(tag))?;
-        slot.direct.set(Some((direct, InFlight::begin())));
+        slot.direct.set(Some((InFlight::begin(), direct)));
         Ok(true)
     }
 
@@ -297,7 +298,7 @@ impl<'a> Server<'a> {
         let Some(slot) = self.slots.get(usize::from(tag)) else {
             return Ok(());
         };
-        let Some((direct, in_flight)) = slot.direct.take() else {
+        let Some((in_flight, direct)) = slot.direct.take() else {
             return Ok(());
         };
         in_flight.end();
