@@ -1,5 +1,6 @@
-//! The short way: a request for whole blocks that lie in one run on the device, and that may go there as they are. It
-//! takes one lookup and one operation of the device, which the frontend begins and ends by itself.
+//! What a request finds of its blocks, for both ways that it can go, and the short one of them: a request for whole
+//! blocks that lie in one run on the device, old or new. It takes one lookup and one operation of the device, which the
+//! frontend begins and ends by itself.
 
 use super::{Io, Reserved};
 use crate::journal::Ticket;
