@@ -133,7 +133,7 @@ fn fill(buffer: &mut [u8], stamp: Stamp) {
 fn stamp_of(block: &[u8]) -> Stamp {
     let stamp = Stamp::from_le_bytes(block[..8].try_into().unwrap());
     assert!(
-        block.chunks_exact(8).all(|word| word == &block[..8]),
+        block[8..] == block[..block.len() - 8],
         "a block holds a mix of stamps, the first {stamp}"
     );
     stamp
@@ -939,20 +939,32 @@ impl Pair {
             }
         };
         assert_eq!(attached.bytes(), content.blocks * 4096);
-        // The blocks that the model knows, and the neighbourhoods that operations use.
-        let near = (0..content.blocks.min(1200)).chain(content.now.keys().copied());
-        let mut buffer = BlockBuf::zeroed(1);
-        for lba in near {
+        // The neighbourhoods that operations use, and the blocks beyond that the model knows.
+        let near = content.blocks.min(1200);
+        let beyond = content.now.range(near..).map(|(lba, _)| *lba);
+        let mut rng = Rng::with_seed(self.seed);
+        let mut buffer = BlockBuf::zeroed(16);
+        let mut blocks = (0..near).chain(beyond).peekable();
+        while let Some(first) = blocks.next() {
+            // Often one block, which the short way takes, and often a run, which may lie anywhere.
+            let most = [1, 4, 16][rng.usize(..3)];
+            let mut end = first + 1;
+            while end - first < most && blocks.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            let bytes = usize::try_from((end - first) * 4096).unwrap();
+            let buffer = &mut buffer[..bytes];
             block_on(short_way::read(
                 &attached,
                 &self.device,
-                lba * 4096,
-                &mut buffer,
+                first * 4096,
+                buffer,
             ))
             .unwrap();
-            let stamp = stamp_of(&buffer);
-            let expected = content.get(lba);
-            assert_eq!(stamp, expected, "{} block {lba}", path(volume, snapshot));
+            for (lba, block) in (first..end).zip(buffer.chunks_exact(4096)) {
+                let (stamp, expected) = (stamp_of(block), content.get(lba));
+                assert_eq!(stamp, expected, "{} block {lba}", path(volume, snapshot));
+            }
         }
     }
 
