@@ -21,7 +21,7 @@ pub struct Options {
     /// A sample of 8, held against a sample's target
     #[arg(long)]
     quick: bool,
-    /// So many mutants, drawn by the seed [default: 200]; more than there are: all
+    /// So many mutants, drawn by the seed [default: 100]; more than there are: all
     #[arg(long)]
     sample: Option<usize>,
     /// All there are, which takes hours
@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         (Some(sample), ..) => sample,
         (None, true, _) => all.len(),
         (None, false, true) => 8,
-        (None, false, false) => 200,
+        (None, false, false) => 100,
     };
     let mut drawn = all.clone();
     drawn.retain(|name| options.only.as_ref().is_none_or(|part| name.contains(part)));
