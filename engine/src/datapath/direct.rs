@@ -75,16 +75,19 @@ impl<'a, D> Io<'a, D> {
                     _ticket: ticket,
                 })
             }
-            Ok((Mapping::Hole(count) | Mapping::Shared(count), ticket)) if count == blocks => {
+            Ok((mapping @ (Mapping::Hole(count) | Mapping::Shared(count)), ticket))
+                if count == blocks =>
+            {
                 drop(ticket);
-                self.direct_redirect(lba, blocks)
+                self.direct_redirect(lba, blocks, matches!(mapping, Mapping::Shared(_)))
             }
             _ => None,
         }
     }
 
-    fn direct_redirect(&self, lba: Lba, blocks: u64) -> Option<Direct<'a>> {
-        let extent = (self.ledger).change_now(|draft| self.reserve(draft, blocks))?;
+    fn direct_redirect(&self, lba: Lba, blocks: u64, is_shared: bool) -> Option<Direct<'a>> {
+        let extent =
+            (self.ledger).change_now(|draft| self.reserve(draft, lba, blocks, is_shared))?;
         let reserved = self.reserved(lba, extent);
         (extent.count == blocks).then_some(Direct::New(reserved))
     }

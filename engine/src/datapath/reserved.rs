@@ -5,8 +5,15 @@ use crate::error::Result;
 use crate::format::map_page::LEAF_ENTRIES;
 use crate::format::record::Record;
 use crate::journal::{Draft, Ledger};
-use crate::space::Fault;
-use crate::units::{Extent, Lba, VolumeId};
+use crate::space::{Fault, SpaceMap};
+use crate::units::{Extent, Lba, Pba, VolumeId};
+
+/// Blocks beside each other that stay together when a snapshot shares them and they are written one by one: as many as
+/// XFS keeps together by default where it copies on write (`cowextsize`), 128 KiB. See
+/// `docs/decisions/redirected-neighbours-stay-together.md`.
+const GROUP_BLOCKS: u64 = 32;
+const GROUP_LEN: usize = GROUP_BLOCKS as usize;
+const _: () = assert!(LEAF_ENTRIES.is_multiple_of(GROUP_LEN));
 
 /// Blocks that no map names yet. Dropped, it gives back those that none names by then.
 #[derive(Debug)]
@@ -19,13 +26,34 @@ pub(crate) struct Reserved<'a> {
 }
 
 impl<'a, D> Io<'a, D> {
-    /// Takes a free run of up to `want` blocks, behind the volume's last one if that goes.
-    pub(super) fn reserve(&self, draft: &mut Draft<'_>, want: u64) -> Result<Extent, Fault> {
+    /// Takes a free run of up to `want` blocks for those from `lba` on: beside what the volume wrote last, or, for a few
+    /// blocks that a snapshot shares, where their neighbours were redirected to.
+    pub(super) fn reserve(
+        &self,
+        draft: &mut Draft<'_>,
+        lba: Lba,
+        want: u64,
+        is_shared: bool,
+    ) -> Result<Extent, Fault> {
         let metadata = draft.metadata();
-        let goal = metadata.catalog.get(self.volume)?.goal;
-        let extent = metadata.space.reserve(goal, want)?;
+        let volume = metadata.catalog.get(self.volume)?;
+        let (goal, root) = (volume.goal, volume.entry.root);
+        let slot = lba.0 % GROUP_BLOCKS;
+        let (extent, next) = if !is_shared || slot + want > GROUP_BLOCKS {
+            let extent = metadata.space.reserve(goal, want)?;
+            (extent, extent.end())
+        } else {
+            let first = Lba(lba.0 - slot);
+            let group = metadata.map.neighbours(root, first, GROUP_LEN)?;
+            if let Some(extent) = beside(&mut metadata.space, group.unwrap_or(&[]), slot, want) {
+                return Ok(extent);
+            }
+            metadata
+                .space
+                .reserve_within(goal, GROUP_BLOCKS, slot, want)?
+        };
         if let Some(volume) = metadata.catalog.get_unsaved(self.volume) {
-            volume.goal = extent.end();
+            volume.goal = next;
         }
         Ok(extent)
     }
@@ -94,4 +122,23 @@ impl Drop for Reserved<'_> {
             self.ledger.adjust(|metadata| metadata.space.cancel(rest));
         }
     }
+}
+
+/// Takes `want` blocks in a place where one of the group's others lies at the distance that it has in the volume.
+fn beside(space: &mut SpaceMap, group: &[Pba], slot: u64, want: u64) -> Option<Extent> {
+    let mut tried = None;
+    for (index, entry) in (0..).zip(group) {
+        // Where the group would begin if it lay whole around this block.
+        let begin = entry.0.checked_sub(index).filter(|_| entry.0 > 0);
+        if begin.is_none() || begin == tried {
+            continue;
+        }
+        tried = begin;
+        let place = begin.map(|begin| Pba(begin).plus(slot));
+        let taken = place.and_then(|at| space.reserve_at(at, want));
+        if taken.is_some() {
+            return taken;
+        }
+    }
+    None
 }

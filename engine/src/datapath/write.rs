@@ -72,9 +72,13 @@ impl<D: Device> Io<'_, D> {
                         .fetch_add(extent.count, Ordering::Relaxed);
                     extent.count
                 }
-                Mapping::Hole(count) | Mapping::Shared(count) => {
+                Mapping::Hole(count) => {
                     drop(ticket);
-                    self.redirect(lba, from, done, count).await?
+                    self.redirect(lba, from, done, count, false).await?
+                }
+                Mapping::Shared(count) => {
+                    drop(ticket);
+                    self.redirect(lba, from, done, count, true).await?
                 }
             };
         }
@@ -83,12 +87,19 @@ impl<D: Device> Io<'_, D> {
 
     /// Writes as many of the `want` blocks of `from` behind its block `skip` as one free run takes to newly allocated
     /// blocks; how many that was.
-    async fn redirect<S>(&self, lba: Lba, from: &S, skip: u64, want: u64) -> Result<u64>
+    async fn redirect<S>(
+        &self,
+        lba: Lba,
+        from: &S,
+        skip: u64,
+        want: u64,
+        is_shared: bool,
+    ) -> Result<u64>
     where
         S: Source<D> + ?Sized,
     {
         let extent = self
-            .change(|draft| self.reserve(draft, want))
+            .change(|draft| self.reserve(draft, lba, want, is_shared))
             .await
             .map_err(|error| error.at_lba(lba))?;
         let mut reserved = self.reserved(lba, extent);

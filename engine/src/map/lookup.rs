@@ -119,6 +119,17 @@ impl MapStore {
         })
     }
 
+    /// What the `count` blocks from `first` are mapped to, all of which one leaf has; none where there is no leaf.
+    pub(crate) fn neighbours(
+        &self,
+        root: Root,
+        first: Lba,
+        count: usize,
+    ) -> Result<Option<&[Pba]>, Fault> {
+        let leaf = self.leaf(root, first, |_| Ok(()))?.ok();
+        Ok(leaf.and_then(|entries| entries[leaf_index(first)..].get(..count)))
+    }
+
     /// Logical blocks that a map holds.
     pub(crate) fn mapped(&self, root: Root) -> Result<u64, Fault> {
         root.ptr

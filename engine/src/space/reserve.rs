@@ -21,6 +21,40 @@ impl SpaceMap {
         self.take_run(goal, want)
     }
 
+    /// Takes the `want` blocks from `at` on, if they are free and their counts in memory.
+    pub(crate) fn reserve_at(&mut self, at: Pba, want: u64) -> Option<Extent> {
+        if want > self.free_for_data() || self.free_at(at, want)? < want {
+            return None;
+        }
+        let extent = Extent::new(at, want);
+        self.take(extent);
+        Some(extent)
+    }
+
+    /// Takes `want` blocks, `skip` blocks behind the beginning of a free run of `span`, whose others stay free: for
+    /// neighbours that may follow. Where no run is that long, just up to `want` blocks. Also, where to look next.
+    pub(crate) fn reserve_within(
+        &mut self,
+        goal: Pba,
+        span: u64,
+        skip: u64,
+        want: u64,
+    ) -> Result<(Extent, Pba), Fault> {
+        let want = want.min(self.free_for_data()).min(self.available);
+        if want == 0 {
+            return Err(Error::new(ErrorKind::OutOfSpace).into());
+        }
+        let run = self.find_run(goal, span)?;
+        let (extent, next) = if run.count == span {
+            (Extent::new(run.start.plus(skip), want), run.end())
+        } else {
+            let extent = Extent::new(run.start, want.min(run.count));
+            (extent, extent.end())
+        };
+        self.take(extent);
+        Ok((extent, next))
+    }
+
     /// Sees to it that `count` blocks are set aside for map pages, and that what a checkpoint needs is left besides.
     pub(crate) fn set_aside(&mut self, count: u64) -> Result<(), Fault> {
         self.require(count + self.kept_back)?;
@@ -88,15 +122,28 @@ impl SpaceMap {
     }
 
     pub(super) fn take_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
-        let start = self.find_run(goal, want)?;
-        for pba in start.blocks() {
+        let extent = self.find_run(goal, want)?;
+        self.take(extent);
+        Ok(extent)
+    }
+
+    /// Takes blocks that were found free.
+    fn take(&mut self, extent: Extent) {
+        for pba in extent.blocks() {
             let (region, offset) = place(pba);
             let index = usize::try_from(region).unwrap_or(usize::MAX);
             let was_free = self.regions[index].take(offset);
             assert!(was_free, "{pba} was found free and is taken");
         }
-        self.available -= start.count;
-        Ok(start)
+        self.available -= extent.count;
+    }
+
+    /// How many of the `want` blocks from `at` on are free, up to the first that is not; none where no region is.
+    fn free_at(&self, at: Pba, want: u64) -> Option<u64> {
+        let (region, offset) = place(at);
+        let region = self.regions.get(usize::try_from(region).ok()?)?;
+        let want = usize::try_from(want).unwrap_or(usize::MAX);
+        Some(region.run_at(offset, want.min(1 << 20)) as u64)
     }
 
     fn find_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {

@@ -574,3 +574,51 @@ fn a_writer_without_a_goal_asks_for_no_region_but_the_next() {
         Err(Fault::Missing(super::Missing::Counts(1)))
     ));
 }
+
+#[test]
+fn a_place_within_a_run_leaves_the_others_free() {
+    let mut space = SpaceMap::new(8192, layout::journal(8192));
+    for region in 0..5 {
+        space.load(region, None, None).unwrap();
+    }
+    let goal = Pba(5000);
+    let (extent, next) = space.reserve_within(goal, 32, 7, 2).unwrap();
+    assert_eq!((extent, next), (Extent::new(Pba(5007), 2), Pba(5032)));
+    assert_eq!(
+        space.reserve_at(Pba(5000), 7),
+        Some(Extent::new(Pba(5000), 7))
+    );
+    assert_eq!(space.reserve_at(Pba(5006), 1), None);
+    assert_eq!(space.reserve_at(Pba(5008), 4), None);
+    // Nothing is taken where less than all is free.
+    assert_eq!(
+        space.reserve_at(Pba(5009), 4),
+        Some(Extent::new(Pba(5009), 4))
+    );
+    let taken = 2 + 7 + 4;
+    let mut whole = SpaceMap::new(8192, layout::journal(8192));
+    assert_eq!(space.available, whole.available - taken);
+    assert_eq!(whole.reserve_at(goal, 1), None, "its counts are not there");
+    assert_eq!(whole.reserve_at(Pba(8192), 1), None);
+    assert_eq!(whole.reserve_at(Pba(u64::MAX), 1), None);
+}
+
+#[test]
+fn where_no_run_is_long_enough_its_beginning_is_taken() {
+    let reserve: Vec<u64> = (7000..7700).collect();
+    let blocks: Vec<u64> = [4000, 4001, 4002].into_iter().chain(reserve).collect();
+    let mut space = full_but(&blocks);
+    let (extent, next) = space.reserve_within(Pba(4001), 32, 7, 1).unwrap();
+    assert_eq!((extent, next), (Extent::new(Pba(4001), 1), Pba(4002)));
+    let (extent, next) = space.reserve_within(Pba(4002), 32, 7, 4).unwrap();
+    assert_eq!((extent, next), (Extent::new(Pba(4002), 1), Pba(4003)));
+}
+
+#[test]
+fn what_is_kept_for_metadata_is_no_place_for_data() {
+    let mut space = full_but(&(7000..7100).collect::<Vec<_>>());
+    assert_eq!(space.free_for_data(), 0);
+    assert_eq!(space.reserve_at(Pba(7000), 1), None);
+    let refused = space.reserve_within(Pba(7000), 32, 0, 1);
+    assert!(matches!(refused, Err(Fault::Error(error)) if error.kind() == ErrorKind::OutOfSpace));
+}
