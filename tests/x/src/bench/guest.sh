@@ -2,6 +2,8 @@
 # TARGETS: in this order, some of them several times. QUEUES: of each ublk device.
 # A target is a few functions: T_open makes a device of which nothing is written and puts its path into DEVICE, T_snapshot
 # takes a snapshot, T_clone puts a clone of a new snapshot into DEVICE, T_close takes everything away.
+# JOBS: the folder of the jobs. RUBLK: the peer's program.
+JOBS=${JOBS:-/root} RUBLK=${RUBLK:-/root/rublk}
 export UBLKCTL_STATE_DIR=/run/state UBLKCTL_RUNTIME_DIR=/run/ublkctl DM_DISABLE_UDEV=1
 set -e
 
@@ -9,12 +11,12 @@ raw_open() { DEVICE=/dev/ram0; }
 raw_close() { :; }
 
 rublk_open() {
-  /root/rublk add "$@" -n 0 -q "$QUEUES" -d 128 --quiet >/run/rublk.log 2>&1
+  "$RUBLK" add "$@" -n 0 -q "$QUEUES" -d 128 --quiet >/run/rublk.log 2>&1
   DEVICE=/dev/ublkb0
   while [ ! -b $DEVICE ]; do sleep 0.1; done
   SERVER=$(pidof rublk | tr ' ' '\n' | tail -n 1)
 }
-rublk_close() { /root/rublk del -n 0 >/run/rublk.log 2>&1; }
+rublk_close() { "$RUBLK" del -n 0 >/run/rublk.log 2>&1; }
 null_open() { rublk_open null; }
 null_close() { rublk_close; }
 loop_open() { rublk_open loop -f /dev/ram0; }
@@ -141,10 +143,10 @@ has() { command -v "$1" >/dev/null; }
 spent() { cat "/proc/$SERVER"/task/*/schedstat 2>/dev/null | { sum=0; while read -r ns _; do sum=$((sum + ns)); done; echo "$sum"; }; }
 
 run() {
-  [ -f "/root/$2.fio" ] || return 0
+  [ -f "$JOBS/$2.fio" ] || return 0
   export DEVICE
   before=$(spent)
-  result=$(fio --eta=never --minimal "/root/$2.fio" | tail -n 1)
+  result=$(fio --eta=never --minimal "$JOBS/$2.fio" | tail -n 1)
   after=$(spent)
   echo "@bench $1 $2 $result"
   [ -z "$SERVER" ] || echo "@spent $1 $2 $((after - before)) $result"
@@ -153,7 +155,7 @@ fill() {
   fio --name=fill --filename="$DEVICE" --rw=write --bs=256k --iodepth=8 --ioengine=libaio --direct=1 --size=256M \
     --eta=never --minimal >/dev/null
 }
-wanted() { for name in "$@"; do [ ! -f "/root/$name.fio" ] || return 0; done; return 1; }
+wanted() { for name in "$@"; do [ ! -f "$JOBS/$name.fio" ] || return 0; done; return 1; }
 
 for target in $TARGETS; do
   function=$(echo "$target" | tr - _)

@@ -20,8 +20,11 @@ measure() {
   echo "@snapshot $3 $4$line"
 }
 
+# The second volume is larger than the pool, as a sparse one may be.
 for size in 1 $LARGEST; do
-  ublkctl create "bench/v$size" --size "${size}G"
+  whole=${size}G
+  [ "$size" = 1 ] || whole=1T
+  ublkctl create "bench/v$size" --size "$whole"
   DEVICE=$(ublkctl attach "bench/v$size" --queues 2)
   fio --name=fill --filename="$DEVICE" --rw=write --bs=512k --iodepth=4 --ioengine=libaio --direct=1 \
     --size="${size}G" --buffer_pattern=0x5a --eta=never --minimal >/dev/null

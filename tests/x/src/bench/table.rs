@@ -178,6 +178,38 @@ pub(super) fn goals(results: &Results) -> String {
     text
 }
 
+/// Ours at an earlier commit and now: requests per second, or the daemon's instructions for each.
+pub(super) fn since(
+    commit: &str,
+    before: &Results,
+    after: &Results,
+    is_instructions: bool,
+) -> String {
+    let unit = if is_instructions {
+        "instructions of the daemon per request"
+    } else {
+        "requests per second"
+    };
+    let mut text =
+        format!("| job, {unit} | {commit} | now | now : {commit} |\n|---|---:|---:|---:|\n");
+    for job in after.jobs() {
+        let figure = |results: &Results| {
+            if is_instructions {
+                results.instructions(OURS, &job)
+            } else {
+                results.speed(OURS, &job)
+            }
+        };
+        let (then, now) = (figure(before), figure(after));
+        text += &format!("| `{job}` |");
+        text += &cell(then, |value| format!("{value:.0}"));
+        text += &cell(now, |value| format!("{value:.0}"));
+        text += &cell(ratio(now, then), |value| format!("{value:.3}"));
+        text.push('\n');
+    }
+    text
+}
+
 /// Processor time of the servers per request: with one processor and a clock that counts instructions, instructions.
 pub(super) fn instructions(results: &Results) -> String {
     let peers: Vec<_> = results
