@@ -9,6 +9,7 @@ mod hostile;
 mod kill_nbd;
 mod paths;
 mod power_cut;
+mod profile;
 mod quick;
 mod row;
 mod sched;
@@ -44,6 +45,8 @@ enum Verb {
     Demo(demo::Options),
     /// Compare with its peers in instruction-counted time, for docs/performance.md
     Bench(bench::Options),
+    /// Where the daemon's time goes under a fio job: a flame graph
+    Profile(profile::Options),
     /// R7 of the scorecard, over NBD: kill the daemon under verifying clients, and compare every block
     KillNbd(kill_nbd::Options),
     /// Every row of the scorecard, in one table: what is proven, and how far
@@ -124,6 +127,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Setup => setup::install_missing()?,
         Verb::Demo(options) => return demo::run(&options),
         Verb::Bench(options) => return bench::run(&options),
+        Verb::Profile(options) => return profile::run(&options),
         Verb::KillNbd(options) => return kill_nbd::run(&options),
         Verb::Mutants(options) => return strength::mutants::run(&options),
         Verb::Coverage(options) => return strength::coverage::run(&options),
