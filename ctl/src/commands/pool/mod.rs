@@ -1,0 +1,229 @@
+//! Pools: create, import, export, list, status, grow, check, destroy.
+
+mod check;
+mod create;
+mod show;
+
+pub(super) use check::print_report;
+
+use super::change;
+use super::repair::{self, Consent};
+use crate::cli::PoolCommand;
+use crate::devices::Devices;
+use crate::exit_code::{OK, about, one_line, printable};
+use crate::output;
+use crate::protocol::{Request, Status};
+use crate::state::{self, PoolEntry, Registry, Runtime};
+use crate::{client, size};
+use blockfork::device::{Access, BlockBuf, Device, FileDevice, PoolFile};
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::Name;
+use blockfork::pool::{Pool, RepairOptions};
+use futures_lite::future::block_on;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The blocks from the start that hold both copies of the superblock, with room to spare.
+const WIPED_BLOCKS: usize = 16;
+/// How long to wait for a lock whose owner died with I/O under way.
+const LOCK_WAIT_MS: u64 = 5000;
+
+/// Runs a command on pools; its exit code.
+pub(super) fn run(command: PoolCommand) -> Result<u8> {
+    match command {
+        PoolCommand::Create {
+            name,
+            path,
+            size,
+            force,
+        } => create::create(&name, &path, size, force),
+        PoolCommand::Import { path } => import(&path),
+        PoolCommand::Export { name, force } => export(&name, force),
+        PoolCommand::List { format } => show::list(format),
+        PoolCommand::Status { name, format } => show::status(&name, format),
+        PoolCommand::Grow { name, size } => {
+            create::check_size(size)?;
+            change(&name, &Request::Grow { bytes: size })
+        }
+        PoolCommand::Check {
+            pool,
+            repair: true,
+            dry_run,
+            yes,
+            discard_journal,
+            format,
+        } => {
+            let entry = check::known(&pool)?;
+            let options = RepairOptions {
+                discards_journal: discard_journal,
+            };
+            let consent = match (dry_run, yes) {
+                (true, _) => Consent::DryRun,
+                (false, true) => Consent::Given,
+                (false, false) => Consent::Ask,
+            };
+            return repair::run(entry.as_ref(), Path::new(&pool), options, consent, format);
+        }
+        PoolCommand::Check { pool, format, .. } => return check::check(&pool, format),
+        PoolCommand::Destroy {
+            name,
+            force: _,
+            dry_run,
+        } => destroy(&name, dry_run),
+    }
+    .map(|()| OK)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    fs::canonicalize(path).map_err(|e| Error::io(e, format!("{}: cannot be found", path.display())))
+}
+
+fn import(path: &Path) -> Result<()> {
+    let registry = Registry::from_env()?;
+    if let Some(entry) = registry.at_path(path)? {
+        return Err(Error::with(
+            ErrorKind::AlreadyExists,
+            format!(
+                "{}: is known already, as pool {}",
+                path.display(),
+                entry.name
+            ),
+        ));
+    }
+    let file = open_for_reading(path)?;
+    let blocks = file.blocks();
+    let label = block_on(Pool::label(&FileDevice::new(Arc::new(file)), blocks))
+        .map_err(|e| about(path, &e))?;
+    if registry.has(&label.name) {
+        return Err(Error::with(
+            ErrorKind::AlreadyExists,
+            format!(
+                "{}: holds pool {}, and this machine has another of that name; export that first",
+                path.display(),
+                label.name
+            ),
+        ));
+    }
+    registry.add(&PoolEntry {
+        name: label.name.clone(),
+        path: absolute(path)?,
+        id: label.id.to_string(),
+    })?;
+    output::text(&format!("{}\n", label.name))
+}
+
+fn open_for_reading(path: &Path) -> Result<PoolFile> {
+    let access = Access {
+        write: false,
+        lock_wait_ms: LOCK_WAIT_MS,
+    };
+    PoolFile::open(path, access)
+}
+
+fn export(name: &Name, force: bool) -> Result<()> {
+    let registry = Registry::from_env()?;
+    let entry = match registry.find(name) {
+        Ok(entry) => entry,
+        // An entry that cannot be read can still be forgotten.
+        Err(e) if force && registry.has(name) => {
+            output::say(&one_line(&e));
+            return registry.remove(name);
+        }
+        Err(e) => return Err(e),
+    };
+    // Opening it for writing brings home what a killed daemon left in the ring, which does not travel with the pool.
+    let mut closed = change(name, &Request::Stop).and_then(|()| wait_for_lock(&entry));
+    if closed.is_ok() && Runtime::of(name)?.ring().exists() {
+        // Its daemon could only read it, so what the ring holds is nowhere else yet.
+        closed = change(name, &Request::Stop);
+    }
+    match closed {
+        Err(e) if force && e.kind() != ErrorKind::Busy => {
+            output::say(&format!("{}; forgotten all the same", one_line(&e)));
+        }
+        closed => closed?,
+    }
+    Runtime::of(name)?.clear()?;
+    registry.remove(name)
+}
+
+/// Waits until a daemon that was told to stop has let go of the pool.
+fn wait_for_lock(entry: &PoolEntry) -> Result<()> {
+    let access = Access {
+        write: true,
+        lock_wait_ms: LOCK_WAIT_MS,
+    };
+    PoolFile::open(&entry.path, access).map(drop)
+}
+
+fn destroy(name: &Name, dry_run: bool) -> Result<()> {
+    let registry = Registry::from_env()?;
+    let entry = registry.find(name)?;
+    let runtime = Runtime::of(name)?;
+    if dry_run {
+        return would_destroy(&entry);
+    }
+    if client::is_served(name)? {
+        // Refused while a device is attached; otherwise the daemon lets go.
+        change(name, &Request::Stop)?;
+    }
+    let access = Access {
+        write: true,
+        lock_wait_ms: LOCK_WAIT_MS,
+    };
+    let file = PoolFile::open(&entry.path, access)?;
+    let devices = Devices::load(&runtime, name, entry.id.clone(), state::boot_id()?)?;
+    devices.refuse("destroy", devices.slots().iter())?;
+    wipe(&entry, file)?;
+    runtime.clear()?;
+    registry.remove(name)
+}
+
+fn would_destroy(entry: &PoolEntry) -> Result<()> {
+    let Status { pool, devices, .. } = show::status_of(entry)?;
+    let mut text = format!(
+        "would destroy pool {}, {}: {} volumes and {} snapshots, {} in use\n",
+        entry.name,
+        printable(&entry.path.display().to_string()),
+        pool.volumes,
+        pool.snapshots,
+        size::human(pool.used_bytes)
+    );
+    if devices > 0 {
+        text.push_str("would be refused: devices are attached\n");
+    }
+    output::text(&text)
+}
+
+/// Overwrites both superblocks, if they are this pool's: another may live there by now.
+fn wipe(entry: &PoolEntry, file: PoolFile) -> Result<()> {
+    let blocks = file.blocks();
+    let device = FileDevice::new(Arc::new(file));
+    match block_on(Pool::label(&device, blocks)) {
+        Ok(label) if label.id.to_string() != entry.id => {
+            return Err(Error::with(
+                ErrorKind::NotFound,
+                format!(
+                    "pool {}: {} holds another pool now, {}; forget this one with `ublkctl pool export --force {}`",
+                    entry.name,
+                    entry.path.display(),
+                    label.name,
+                    entry.name
+                ),
+            ));
+        }
+        Ok(_) => {}
+        // Whatever is there now is not this pool, and not ours to overwrite.
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            output::say(&one_line(&about(&entry.path, &e)));
+            return Ok(());
+        }
+        // A damaged pool is destroyed like a whole one.
+        Err(e) if e.kind() == ErrorKind::Corrupt => output::say(&one_line(&e)),
+        Err(e) => return Err(e),
+    }
+    let zeros = BlockBuf::zeroed(WIPED_BLOCKS);
+    block_on(device.write(0, &zeros))?;
+    block_on(device.flush())
+}

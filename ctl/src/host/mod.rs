@@ -1,0 +1,174 @@
+//! An open pool and what can be asked of it: the one implementation of every request, for the daemon and without it.
+//!
+//! What changes the pool runs one at a time, under the lock of its devices, so that nothing attaches what is just being
+//! removed or rolled back. Every blocker is named before anything is touched.
+
+mod devices;
+mod nbd;
+mod preflight;
+mod volumes;
+
+use crate::devices::{Devices, Slot};
+use crate::protocol::{Reply, Request, Row, Status};
+use blockfork::device::FileDevice;
+use blockfork::error::Result;
+use blockfork::name::{Name, VolumePath};
+use blockfork::pool::Pool;
+use blockfork::ublk;
+use futures_lite::future::block_on;
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
+
+/// Who runs the requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The daemon, which serves devices.
+    Daemon,
+    /// A command that opened the pool for itself.
+    Command,
+}
+
+/// An open pool with its devices.
+#[derive(Debug)]
+pub(crate) struct Host {
+    name: Name,
+    pool: Arc<Pool>,
+    device: FileDevice,
+    devices: Mutex<Devices>,
+    role: Role,
+}
+
+/// Told how far a long request got: done, of how many.
+pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+impl Host {
+    /// A host for an open pool.
+    pub(crate) fn new(pool: Pool, device: FileDevice, devices: Devices, role: Role) -> Self {
+        Self {
+            name: pool.name(),
+            pool: Arc::new(pool),
+            device,
+            devices: Mutex::new(devices),
+            role,
+        }
+    }
+
+    /// The pool.
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The pool's file.
+    pub(crate) fn device(&self) -> &FileDevice {
+        &self.device
+    }
+
+    /// The devices; whoever holds them keeps every change away.
+    pub(crate) fn devices(&self) -> MutexGuard<'_, Devices> {
+        self.devices.lock()
+    }
+
+    /// Does what a request asks.
+    pub(crate) fn handle(&self, request: Request, progress: Progress<'_>) -> Result<Reply> {
+        let (pool, device) = (&self.pool, &self.device);
+        match request {
+            Request::Status => Ok(Reply::Status(self.status())),
+            Request::Stats => Ok(Reply::Stats(pool.stats())),
+            Request::List => self.list(),
+            Request::Devices => Ok(Reply::Devices(
+                self.devices().slots().iter().map(Slot::row).collect(),
+            )),
+            Request::Diff { from, to } => block_on(pool.diff(device, &from, &to)).map(Reply::Diff),
+            Request::Check => block_on(pool.check(device, progress)).map(Reply::Check),
+            Request::Create { volume, options } => {
+                let _alone = self.devices();
+                block_on(pool.create_volume(device, &volume, options)).map(|_| Reply::Done)
+            }
+            Request::Remove {
+                targets,
+                recursive,
+                dry_run,
+            } => self.remove(&targets, recursive, dry_run),
+            Request::Rename { from, to } => self.rename(&from, &to),
+            Request::Resize {
+                volume,
+                bytes,
+                allow_shrink,
+            } => self.resize(&volume, bytes, allow_shrink),
+            Request::Snapshot { targets } => {
+                let _alone = self.devices();
+                block_on(pool.snapshot(device, &targets)).map(|()| Reply::Done)
+            }
+            Request::Clone { snapshot, volume } => {
+                let _alone = self.devices();
+                block_on(pool.clone_snapshot(device, &snapshot, &volume)).map(|_| Reply::Done)
+            }
+            Request::Rollback { snapshot } => self.rollback(&snapshot),
+            Request::Grow { bytes } => self.grow(bytes),
+            Request::Attach {
+                path,
+                read_only,
+                queues,
+                depth,
+            } => {
+                let options = ublk::DeviceOptions {
+                    dev_id: None,
+                    queues,
+                    depth,
+                    read_only: read_only || path.snapshot.is_some(),
+                };
+                self.attach(&path, &options)
+            }
+            Request::ServeNbd {
+                path,
+                read_only,
+                address,
+            } => self.serve_nbd(&path, read_only, &address),
+            Request::Detach { devices, force } => self.detach(&devices, force),
+            Request::Stop => {
+                let devices = self.devices();
+                devices.refuse("close the pool", devices.slots().iter())?;
+                let exports = devices.exports();
+                exports.refuse(&self.name, "close the pool", |_| true)?;
+                Ok(Reply::Done)
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let devices = self.devices();
+        Status {
+            pool: self.pool.status(),
+            read_only: self.role == Role::Daemon && self.pool.is_read_only(),
+            daemon_pid: (self.role == Role::Daemon).then(std::process::id),
+            devices: devices.count(),
+            exports: devices.exports().count(),
+            direct_io: self.device.file().is_direct(),
+        }
+    }
+
+    fn list(&self) -> Result<Reply> {
+        let entries = block_on(self.pool.list(&self.device))?;
+        let devices = self.devices();
+        let row = |entry: blockfork::pool::Entry| {
+            let slot = devices.find(&entry.path).map(Slot::row);
+            let exported = devices.exports().find(&entry.path);
+            Row {
+                served: exported.is_some() || slot.as_ref().is_some_and(|slot| slot.served),
+                device: slot
+                    .map(|slot| slot.device)
+                    .or_else(|| exported.map(|exported| exported.uri.clone())),
+                entry,
+            }
+        };
+        Ok(Reply::List(entries.into_iter().map(row).collect()))
+    }
+}
+
+/// A volume itself, as opposed to a snapshot of it.
+fn whole(volume: &Name) -> VolumePath {
+    VolumePath {
+        volume: volume.clone(),
+        snapshot: None,
+    }
+}

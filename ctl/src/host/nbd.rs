@@ -1,0 +1,72 @@
+//! Exports over NBD.
+
+use super::Host;
+use crate::devices::Devices;
+use crate::endpoint::{Bound, Endpoint};
+use crate::exports::Exported;
+use crate::protocol::{NbdAddress, Reply};
+use crate::state::Runtime;
+use blockfork::error::Result;
+use blockfork::name::VolumePath;
+use blockfork::nbd::Export;
+use futures_lite::future::block_on;
+use std::sync::Arc;
+use tracing::info;
+
+impl Host {
+    pub(super) fn serve_nbd(
+        &self,
+        path: &VolumePath,
+        read_only: bool,
+        address: &NbdAddress,
+    ) -> Result<Reply> {
+        let mut devices = self.devices();
+        self.refuse_second(&devices, path)?;
+        let attached = self
+            .pool
+            .attach(path, read_only || path.snapshot.is_some())?;
+        let read_only = attached.is_read_only();
+        // It is given back when the last owner drops it, so also where something fails from here on.
+        let name = format!("{}/{path}", self.name);
+        let bound = Bound::new(address, &Runtime::of(&self.name)?, path)?;
+        let uri = bound.uri(&name)?;
+        let export = Arc::new(Export::new(name, attached, self.device.clone()));
+        let endpoint = Endpoint::start(bound, export.clone())?;
+        info!(volume = %path, uri, "serving over NBD");
+        devices.exports_mut().add(Exported {
+            path: path.clone(),
+            uri: uri.clone(),
+            export,
+            endpoint,
+        });
+        Ok(Reply::ServingNbd { uri, read_only })
+    }
+
+    /// Ends what is served over NBD of this volume or snapshot; on return everything is durable.
+    pub(crate) fn end_nbd(&self, path: &VolumePath) -> Result<()> {
+        let mut devices = self.devices();
+        match devices.exports_mut().take(path) {
+            Some(exported) => self.end_export(exported),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends everything that is served over NBD.
+    pub(crate) fn end_all_nbd(&self, devices: &mut Devices) -> Result<()> {
+        let mut ended = Ok(());
+        while let Some(exported) = devices.exports_mut().take_any() {
+            ended = ended.and(self.end_export(exported));
+        }
+        ended
+    }
+
+    pub(super) fn end_export(&self, exported: Exported) -> Result<()> {
+        exported.endpoint.close();
+        exported.export.close();
+        let attached = exported.export.attached();
+        let flushed = block_on(attached.flush(&self.device));
+        attached.detach();
+        info!(volume = %exported.path, "no longer served over NBD");
+        flushed
+    }
+}

@@ -1,0 +1,118 @@
+//! What would refuse a request, seen before anything is touched.
+
+use super::{Host, whole};
+use crate::protocol::Request;
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::limits::POOL_BLOCKS_MAX;
+use blockfork::name::{Name, VolumePath};
+use blockfork::units::BLOCK_BYTES;
+use std::collections::BTreeSet;
+
+impl Host {
+    /// The refusal of a request that would fail, as far as that can be seen without changing anything. The pool may be
+    /// open read-only: without a daemon, a mistake shall not even touch the pool's file.
+    pub(crate) fn preflight(&self, request: &Request) -> Result<()> {
+        match request {
+            Request::Create { volume, .. } => self.absent(&whole(volume)),
+            Request::Remove {
+                targets, recursive, ..
+            } => self.remove(targets, *recursive, true).map(drop),
+            Request::Rename { from, to } => self.present(from).and_then(|_| self.absent(to)),
+            Request::Resize {
+                volume,
+                bytes,
+                allow_shrink,
+            } => self.resizable(volume, *bytes, *allow_shrink),
+            Request::Snapshot { targets } => {
+                self.distinct(targets)?;
+                targets.iter().try_for_each(|target| {
+                    self.present(&whole(&target.volume))
+                        .and_then(|_| self.absent(target))
+                })
+            }
+            Request::Clone { snapshot, volume } => self
+                .present(snapshot)
+                .and_then(|_| self.absent(&whole(volume))),
+            Request::Rollback { snapshot } => self.present(snapshot).map(drop),
+            Request::Grow { bytes } => self.growable(*bytes),
+            Request::Status
+            | Request::Stats
+            | Request::List
+            | Request::Devices
+            | Request::Diff { .. }
+            | Request::Check
+            | Request::Attach { .. }
+            | Request::ServeNbd { .. }
+            | Request::Detach { .. }
+            | Request::Stop => Ok(()),
+        }
+    }
+
+    /// The size and the sector of what must be there.
+    fn present(&self, path: &VolumePath) -> Result<(u64, u32)> {
+        let attached = self.pool.attach(path, true)?;
+        let found = (attached.bytes(), attached.sector_bytes());
+        attached.detach();
+        Ok(found)
+    }
+
+    fn absent(&self, path: &VolumePath) -> Result<()> {
+        match self.present(path) {
+            Ok(_) => Err(Error::with(
+                ErrorKind::AlreadyExists,
+                format!("{}/{path}: exists already", self.name),
+            )),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn distinct(&self, targets: &[VolumePath]) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        let Some(path) = targets.iter().find(|path| !seen.insert(*path)) else {
+            return Ok(());
+        };
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!("{}/{path}: is named twice", self.name),
+        ))
+    }
+
+    pub(super) fn resizable(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<()> {
+        let (now, sector_bytes) = self.present(&whole(volume))?;
+        let fact = if !bytes.is_multiple_of(u64::from(sector_bytes)) {
+            format!("{bytes} bytes are not a multiple of its sector size, {sector_bytes}")
+        } else if bytes < now && !allow_shrink {
+            format!(
+                "holds {now} bytes; what lies beyond {bytes} would be lost, --allow-shrink allows that"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!("{}/{volume}: {fact}", self.name),
+        ))
+    }
+
+    pub(super) fn growable(&self, bytes: u64) -> Result<()> {
+        let now = self.pool.status().size_bytes;
+        // Before the file is extended, which some file systems do to any length.
+        if bytes / BLOCK_BYTES > POOL_BLOCKS_MAX {
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{}: a pool has at most 8 PiB", self.name),
+            ));
+        }
+        if bytes > now {
+            return Ok(());
+        }
+        Err(Error::with(
+            ErrorKind::Invalid,
+            format!(
+                "{}: has {now} bytes already; a pool only grows, give more than that",
+                self.name
+            ),
+        ))
+    }
+}

@@ -1,0 +1,114 @@
+//! Changing volumes and the pool itself.
+
+use super::{Host, whole};
+use crate::exit_code::one_line;
+use crate::protocol::{Reply, Resized};
+use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::name::{Name, VolumePath};
+use blockfork::ublk;
+use blockfork::units::BLOCK_BYTES;
+use futures_lite::future::block_on;
+use tracing::warn;
+
+impl Host {
+    pub(super) fn remove(
+        &self,
+        targets: &[VolumePath],
+        recursive: bool,
+        dry_run: bool,
+    ) -> Result<Reply> {
+        let devices = self.devices();
+        let goes = |path: &VolumePath| {
+            targets.iter().any(|target| {
+                target == path
+                    || (recursive && target.snapshot.is_none() && target.volume == path.volume)
+            })
+        };
+        devices.refuse(
+            "remove",
+            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
+        )?;
+        devices.exports().refuse(&self.name, "remove", goes)?;
+        block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+    }
+
+    pub(super) fn rename(&self, from: &VolumePath, to: &VolumePath) -> Result<Reply> {
+        let devices = self.devices();
+        // A volume's new name is that of its snapshots too.
+        let goes = |path: &VolumePath| {
+            path == from || (from.snapshot.is_none() && path.volume == from.volume)
+        };
+        devices.refuse(
+            "rename",
+            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
+        )?;
+        devices.exports().refuse(&self.name, "rename", goes)?;
+        block_on(self.pool.rename(&self.device, from, to)).map(|()| Reply::Done)
+    }
+
+    pub(super) fn resize(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<Reply> {
+        let devices = self.devices();
+        let path = whole(volume);
+        block_on(self.pool.resize(&self.device, volume, bytes, allow_shrink))?;
+        let Some(slot) = devices.find(&path) else {
+            let resized = match devices.exports().find(&path) {
+                // NBD has no way to tell a client that is connected.
+                Some(_) => Resized::AtNextAttach,
+                None => Resized::Unattached,
+            };
+            return Ok(Reply::Resized(resized));
+        };
+        // The volume has its new size already; a device that stays behind is no reason to say that it failed.
+        let is_online = match &slot.served {
+            Some(served) => served.update_size(bytes).unwrap_or_else(|e| {
+                warn!(device = %slot.entry.node(), "cannot be resized: {}", one_line(&e));
+                false
+            }),
+            None => false,
+        };
+        Ok(Reply::Resized(if is_online {
+            Resized::Online
+        } else {
+            Resized::AtNextAttach
+        }))
+    }
+
+    pub(super) fn rollback(&self, snapshot: &VolumePath) -> Result<Reply> {
+        let devices = self.devices();
+        let path = whole(&snapshot.volume);
+        let is_meant = |other: &VolumePath| *other == path;
+        devices
+            .exports()
+            .refuse(&self.name, "roll back", is_meant)?;
+        let Some(slot) = devices.find(&path) else {
+            return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);
+        };
+        let Some(served) = &slot.served else {
+            devices.refuse("roll back", std::iter::once(slot))?;
+            return Err(Error::new(ErrorKind::Busy));
+        };
+        self.refuse_held(std::iter::once(slot), "roll back")?;
+        let size_before = served.attached().bytes();
+        block_on(self.pool.rollback(&self.device, snapshot))?;
+        ublk::drop_cached_pages(slot.entry.state.dev_id)?;
+        let size = served.attached().bytes();
+        if size != size_before && !served.update_size(size)? {
+            return Err(Error::with(
+                ErrorKind::Unsupported,
+                format!(
+                    "{}/{path}: rolled back, but the kernel cannot give {} the size of then; detach and attach it",
+                    self.name,
+                    slot.entry.node()
+                ),
+            ));
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(super) fn grow(&self, bytes: u64) -> Result<Reply> {
+        let _alone = self.devices();
+        self.growable(bytes)?;
+        self.device.file().extend(bytes)?;
+        block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
+    }
+}
