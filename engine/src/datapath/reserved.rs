@@ -11,8 +11,8 @@ use crate::units::{Extent, Lba, Pba, VolumeId};
 /// Blocks beside each other that stay together when a snapshot shares them and they are written one by one: as many as
 /// XFS keeps together by default where it copies on write (`cowextsize`), 128 KiB. See
 /// `docs/decisions/redirected-neighbours-stay-together.md`.
-const GROUP_BLOCKS: u64 = 32;
-const GROUP_LEN: usize = GROUP_BLOCKS as usize;
+const GROUP_BLOCKS: u64 = GROUP_LEN as u64;
+const GROUP_LEN: usize = 32;
 const _: () = assert!(LEAF_ENTRIES.is_multiple_of(GROUP_LEN));
 
 /// Blocks that no map names yet. Dropped, it gives back those that none names by then.
