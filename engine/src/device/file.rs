@@ -377,6 +377,10 @@ impl SystemCalls for FileDevice {
         unless_unsupported(punched).map(drop)
     }
 
+    async fn pause_once(&self, duration: Duration) {
+        thread::sleep(duration);
+    }
+
     fn allocate_once(&self, offset: u64, bytes: u64) -> io::Result<()> {
         self.file.allocate(offset, bytes)
     }

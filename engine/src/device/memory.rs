@@ -2,12 +2,15 @@
 //! flush covered.
 
 use super::{BlockBuf, Device};
+use crate::clock::ManualClock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BLOCK_LEN, Pba};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 type Block = [u8; BLOCK_LEN];
 
@@ -18,6 +21,7 @@ pub(crate) enum Call {
     Write(u64, u64),
     Flush,
     Discard(u64, u64),
+    Pause,
 }
 
 /// The device. A block that was never written reads as zeros.
@@ -28,6 +32,8 @@ pub(crate) struct Memory {
     before: RefCell<Vec<(u64, Option<Box<Block>>)>>,
     calls: RefCell<Vec<Call>>,
     refused: Cell<Option<Call>>,
+    /// Nanoseconds that a flush takes, by this clock.
+    slow: RefCell<Option<(u64, Arc<ManualClock>)>>,
 }
 
 /// Drives a future that waits for this device only, which never makes it wait.
@@ -57,6 +63,11 @@ impl Memory {
     /// Refuses this call from now on.
     pub(crate) fn refuse(&self, call: Option<Call>) {
         self.refused.set(call);
+    }
+
+    /// Lets every flush take so many nanoseconds of a clock.
+    pub(crate) fn make_flushes_take(&self, ns: u64, clock: Arc<ManualClock>) {
+        self.slow.replace(Some((ns, clock)));
     }
 
     /// Takes away what no flush covered.
@@ -122,6 +133,9 @@ impl Device for Memory {
 
     async fn flush(&self) -> Result<()> {
         self.note(Call::Flush)?;
+        if let Some((ns, clock)) = &*self.slow.borrow() {
+            clock.advance_ns(*ns);
+        }
         self.before.borrow_mut().clear();
         Ok(())
     }
@@ -130,6 +144,11 @@ impl Device for Memory {
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         let (first, count) = place(offset, bytes);
         self.note(Call::Discard(first, count))
+    }
+
+    async fn pause(&self, _duration: Duration) {
+        let noted = self.note(Call::Pause);
+        assert!(noted.is_ok(), "a pause cannot be refused");
     }
 }
 

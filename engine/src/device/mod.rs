@@ -15,6 +15,7 @@ pub use payload::{Destination, Source};
 pub use whole::SystemCalls;
 
 use crate::error::Result;
+use std::time::Duration;
 
 /// A pool's storage, as one thread uses it.
 ///
@@ -35,6 +36,9 @@ pub trait Device {
 
     /// Says that the bytes are not needed any more; what they read as afterwards is unspecified.
     async fn discard(&self, offset: u64, bytes: u64) -> Result<()>;
+
+    /// Lets time pass without keeping this thread's other futures up. At once where nobody gains by waiting.
+    async fn pause(&self, _duration: Duration) {}
 
     /// Gives the bytes from `offset` their room in the file system below, so that writing them cannot lack it. Success
     /// also where that cannot be had in advance.

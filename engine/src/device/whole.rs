@@ -4,6 +4,7 @@ use super::Device;
 use crate::error::{Error, Result};
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 /// How often the kernel may put one transfer off before that counts as an error.
 const RETRIES_MAX: u32 = 1000;
@@ -28,6 +29,9 @@ pub trait SystemCalls {
 
     /// Frees the bytes below; success also where the file system or the device cannot, since a discard is advice.
     async fn punch_once(&self, offset: u64, bytes: u64) -> io::Result<()>;
+
+    /// `nanosleep(2)`; at once where nobody gains by waiting.
+    async fn pause_once(&self, _duration: Duration) {}
 
     /// `fallocate(2)` within the file; success also where the file system has no such thing.
     fn allocate_once(&self, _offset: u64, _bytes: u64) -> io::Result<()> {
@@ -175,6 +179,10 @@ impl<C: SystemCalls> Device for C {
                 return Ok(());
             }
         }
+    }
+
+    async fn pause(&self, duration: Duration) {
+        self.pause_once(duration).await;
     }
 
     fn allocate(&self, offset: u64, bytes: u64) -> Result<()> {

@@ -74,6 +74,21 @@ fn is_id(id: VolumeId) -> bool {
 }
 
 impl Record {
+    /// Whether this must not be durable before the data that was written before it: it names blocks with data, or it
+    /// says at what moment a volume is kept.
+    pub(crate) fn relies_on_data(&self) -> bool {
+        match self {
+            Self::Map { .. } | Self::Snapshot { .. } | Self::Grow { .. } => true,
+            Self::Unmap { .. }
+            | Self::Create { .. }
+            | Self::Clone { .. }
+            | Self::Rollback { .. }
+            | Self::Remove { .. }
+            | Self::Rename { .. }
+            | Self::Resize { .. } => false,
+        }
+    }
+
     /// Appends the encoded record.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let mut bytes = [0; RECORD_BYTES_MAX];

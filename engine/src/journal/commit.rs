@@ -7,6 +7,17 @@ use crate::format::journal::{BlockHeader, encode_blocks};
 use crate::sync::AsyncMutexGuard;
 use crate::units::{BLOCK_LEN, Extent, Seq};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// A commit that takes less is not worth waiting for others with.
+const GATHERS_FROM_NS: u64 = 500_000;
+
+/// How long a commit may wait for others to join it: a part of what the commit before it took, and a limit.
+const GATHER_SHARE: u64 = 10;
+const GATHER_NS_MAX: u64 = 5_000_000;
+
+/// How often it looks meanwhile whether they are there.
+const GATHER_STEPS: u64 = 8;
 
 /// Where the journal goes on.
 #[derive(Clone, Copy, Debug)]
@@ -31,12 +42,31 @@ pub(crate) struct Commit {
     pub(crate) has_gap: bool,
     /// Requests up to this one are covered.
     covered: u64,
+    pace: Pace,
+}
+
+/// How the last commit went: the best guess at the next one.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    /// Requests that it covered.
+    requests: u64,
+    took_ns: u64,
+}
+
+impl Pace {
+    /// How long to wait at a time for those who shared the last commit; none if that does not pay.
+    fn gather_step(self) -> Option<Duration> {
+        let pays = self.requests > 1 && self.took_ns >= GATHERS_FROM_NS;
+        let whole = (self.took_ns / GATHER_SHARE).min(GATHER_NS_MAX);
+        pays.then(|| Duration::from_nanos(whole / GATHER_STEPS))
+    }
 }
 
 /// Records that a commit took.
 #[derive(Debug)]
 pub(crate) struct Batch {
     framed: Vec<u8>,
+    relies_on_data: bool,
     first: Seq,
     /// The number after the last.
     pub(crate) end: Seq,
@@ -57,6 +87,7 @@ impl Commit {
             tail,
             has_gap: false,
             covered: 0,
+            pace: Pace::default(),
         }
     }
 
@@ -77,6 +108,7 @@ impl State {
         self.pending_first = self.next_seq;
         Batch {
             framed: std::mem::take(&mut self.pending),
+            relies_on_data: std::mem::take(&mut self.pending_relies_on_data),
             first,
             end: self.next_seq,
         }
@@ -106,6 +138,8 @@ impl Ledger {
         if commit.covered >= request {
             return Ok(Committed::Done);
         }
+        self.gather(device, &commit).await;
+        let began_ns = self.clock.monotonic_ns();
         let covers = self.asked.taken();
         let batch = {
             let mut state = self.state.write();
@@ -114,15 +148,36 @@ impl Ledger {
             }
             state.take_pending()
         };
+        if batch.relies_on_data {
+            self.flush_device(device).await?;
+        }
+        self.write_batch(device, &mut commit, &batch).await?;
         self.flush_device(device).await?;
         if !batch.framed.is_empty() {
-            self.write_batch(device, &mut commit, &batch).await?;
-            self.flush_device(device).await?;
             self.set_durable(batch.end);
         }
+        commit.pace = Pace {
+            requests: covers - commit.covered,
+            took_ns: self.clock.monotonic_ns().saturating_sub(began_ns),
+        };
         commit.covered = covers;
         self.committed.fetch_add(1, Ordering::Relaxed);
         Ok(Committed::Done)
+    }
+
+    /// Waits a little for those who shared the last commit, where commits take long. They have had their answer at the
+    /// same moment, so they ask again at nearly the same moment, and whoever comes first would leave the others to the
+    /// next commit. Linux's ext4 journal does the same.
+    async fn gather<D: Device>(&self, device: &D, commit: &Commit) {
+        let Some(step) = commit.pace.gather_step() else {
+            return;
+        };
+        for _ in 0..GATHER_STEPS {
+            if self.asked.taken() - commit.covered >= commit.pace.requests {
+                return;
+            }
+            device.pause(step).await;
+        }
     }
 
     /// Everything before `end` is durable.

@@ -1,9 +1,9 @@
 //! The redo journal and the state it protects.
 //!
 //! A change is applied to the metadata in memory and appended as a record: to the pending bytes that the next commit
-//! writes, and to the shared ring, which outlives a killed process. A commit flushes the data first, so that no record
-//! is durable before the data it names; then it writes the records and flushes again. All who ask while one commit
-//! runs share the next.
+//! writes, and to the shared ring, which outlives a killed process. A commit flushes the data first if a record names
+//! some, so that no record is durable before its data; then it writes the records and flushes. All who ask while one
+//! commit runs share the next.
 
 mod commit;
 mod gate;
@@ -63,6 +63,8 @@ pub(crate) struct State {
     /// Framed records that no commit has taken yet; the first one's number.
     pending: Vec<u8>,
     pending_first: Seq,
+    /// Whether one of them must not be durable before the data written before it.
+    pending_relies_on_data: bool,
     ring: Option<Ring>,
 }
 
@@ -125,6 +127,7 @@ impl Draft<'_> {
         if let Some(ring) = &mut self.state.ring {
             ring.append(seq, self.state.pending.get(at..).unwrap_or_default());
         }
+        self.state.pending_relies_on_data |= record.relies_on_data();
         self.state.next_seq = seq.next();
         Ok(())
     }
@@ -145,6 +148,7 @@ impl Ledger {
                 next_seq,
                 pending: Vec::new(),
                 pending_first: next_seq,
+                pending_relies_on_data: false,
                 ring,
             }),
             gate: Gate::default(),

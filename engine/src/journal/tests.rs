@@ -57,6 +57,10 @@ pub(crate) fn metadata() -> Metadata {
 
 /// A ledger over them, whose journal goes on at block `next`.
 pub(crate) fn ledger(next: u64) -> Ledger {
+    ledger_by(next, Arc::new(ManualClock::default()))
+}
+
+fn ledger_by(next: u64, clock: Arc<ManualClock>) -> Ledger {
     let tail = Tail {
         place: layout::journal(BLOCKS),
         next,
@@ -64,7 +68,6 @@ pub(crate) fn ledger(next: u64) -> Ledger {
         oldest: next,
         session: 3,
     };
-    let clock = Arc::new(ManualClock::default());
     Ledger::new(metadata(), Seq(1), tail, None, clock)
 }
 
@@ -82,6 +85,17 @@ pub(crate) fn create(number: u64) -> Record {
 
 fn apply(ledger: &Ledger, device: &Memory, record: &Record) -> Result<()> {
     now(ledger.change(device, |draft| draft.apply(record)))
+}
+
+/// Gives block 9 of volume 1 a block.
+fn map_a_block(draft: &mut Draft<'_>) -> Result<(), Fault> {
+    let extent = draft.metadata().space.reserve(Pba(3000), 1)?;
+    draft.apply(&Record::Map {
+        volume: VolumeId(1),
+        lba: Lba(9),
+        pba: extent.start,
+        count: 1,
+    })
 }
 
 fn whole(records: impl Iterator<Item = u64>) -> Vec<Framed> {
@@ -106,14 +120,12 @@ fn a_commit_reads_back_as_what_was_applied_around_the_journals_end() {
     assert_eq!(device.take_calls(), []);
     assert_eq!(now(ledger.commit(&device)).unwrap(), Committed::Done);
     let calls = device.take_calls();
-    let Some(Call::Write(_, around)) = calls.get(2) else {
+    let Some(Call::Write(_, around)) = calls.get(1) else {
         panic!("{calls:?}")
     };
-    // The data first, then what names it, then the answer.
     assert_eq!(
         calls,
         [
-            Call::Flush,
             Call::Write(place.start.0 + begin, 2),
             Call::Write(place.start.0, *around),
             Call::Flush
@@ -216,14 +228,66 @@ fn those_who_wait_for_a_commit_share_the_next() {
         assert_eq!(done.unwrap(), Committed::Done);
     }
     assert_eq!(ledger.commits(), 1);
+    let written = Call::Write(layout::journal(BLOCKS).start.0, 1);
+    assert_eq!(device.take_calls(), [written, Call::Flush]);
+}
+
+#[test]
+fn what_names_data_follows_it_to_the_device() {
+    let (device, ledger) = (Memory::default(), ledger(0));
+    let journal = layout::journal(BLOCKS).start.0;
+    apply(&ledger, &device, &create(1)).unwrap();
+    now(ledger.commit(&device)).unwrap();
+    device.take_calls();
+    now(ledger.change(&device, map_a_block)).unwrap();
+    // What comes behind it in the same commit waits too.
+    apply(&ledger, &device, &create(2)).unwrap();
+    now(ledger.commit(&device)).unwrap();
     assert_eq!(
         device.take_calls(),
-        [
-            Call::Flush,
-            Call::Write(layout::journal(BLOCKS).start.0, 1),
-            Call::Flush
-        ]
+        [Call::Flush, Call::Write(journal + 1, 1), Call::Flush]
     );
+    // The next one owes nothing to it.
+    apply(&ledger, &device, &create(3)).unwrap();
+    now(ledger.commit(&device)).unwrap();
+    assert_eq!(
+        device.take_calls(),
+        [Call::Write(journal + 2, 1), Call::Flush]
+    );
+}
+
+#[test]
+fn a_commit_waits_for_those_who_shared_the_last_where_flushes_take_long() {
+    const SLOW_NS: u64 = 20_000_000;
+    for (flush_ns, pauses) in [(0, 0), (SLOW_NS, 8)] {
+        let clock = Arc::new(ManualClock::default());
+        let (device, ledger) = (Memory::default(), ledger_by(0, Arc::clone(&clock)));
+        device.make_flushes_take(flush_ns, clock);
+        // One who asks alone never waits.
+        for _ in 0..2 {
+            now(ledger.commit(&device)).unwrap();
+        }
+        assert_eq!(device.take_calls(), [Call::Flush; 2]);
+        // Three share a commit.
+        let held = now(ledger.hold_commits());
+        let mut waker = Context::from_waker(Waker::noop());
+        let mut asking = [(); 3].map(|()| Box::pin(ledger.commit(&device)));
+        for one in &mut asking {
+            assert!(one.as_mut().poll(&mut waker).is_pending());
+        }
+        drop(held);
+        for one in asking {
+            assert_eq!(now(one).unwrap(), Committed::Done);
+        }
+        assert_eq!(device.take_calls(), [Call::Flush]);
+        // The first to come back gives the others time, once.
+        now(ledger.commit(&device)).unwrap();
+        let mut expected = vec![Call::Pause; pauses];
+        expected.push(Call::Flush);
+        assert_eq!(device.take_calls(), expected);
+        now(ledger.commit(&device)).unwrap();
+        assert_eq!(device.take_calls(), [Call::Flush]);
+    }
 }
 
 #[test]
@@ -405,16 +469,7 @@ fn a_journal_that_cannot_be_read_is_an_error() {
 fn on_device(device: &Memory) -> (Ledger, crate::format::catalog::Root) {
     let ledger = ledger(0);
     apply(&ledger, device, &create(1)).unwrap();
-    let map = |draft: &mut Draft<'_>| {
-        let extent = draft.metadata().space.reserve(Pba(3000), 1)?;
-        draft.apply(&Record::Map {
-            volume: VolumeId(1),
-            lba: Lba(9),
-            pba: extent.start,
-            count: 1,
-        })
-    };
-    now(ledger.change(device, map)).unwrap();
+    now(ledger.change(device, map_a_block)).unwrap();
     let root = ledger.look(|metadata| metadata.catalog.get(VolumeId(1)).unwrap().entry.root);
     let frozen = ledger.adjust(|metadata| metadata.map.freeze());
     for page in frozen {

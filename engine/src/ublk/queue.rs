@@ -171,12 +171,6 @@ fn make_ring(depth: u16) -> io::Result<()> {
         builder.setup_cqsize(entries * 2);
         builder
     };
-    let mut deferred = base();
-    deferred
-        .setup_submit_all()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag();
     let mut cooperative = base();
     cooperative
         .setup_submit_all()
@@ -185,11 +179,7 @@ fn make_ring(depth: u16) -> io::Result<()> {
     let plain = base();
 
     let mut refusal = None;
-    for (kind, builder) in [
-        ("deferred", deferred),
-        ("cooperative", cooperative),
-        ("plain", plain),
-    ] {
+    for (kind, builder) in [("cooperative", cooperative), ("plain", plain)] {
         match builder.build(entries) {
             Ok(ring) => {
                 tracing::debug!(kind, entries, "a queue's ring");

@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where the pool file stands in each queue's table of registered files; the device's own control file is 0.
 pub(super) const POOL_FILE: types::Fixed = types::Fixed(1);
@@ -158,5 +159,11 @@ impl SystemCalls for RingDevice {
             return Ok(());
         }
         outcome(result).map(drop)
+    }
+
+    async fn pause_once(&self, duration: Duration) {
+        let time = types::Timespec::from(duration);
+        // Its end is an error, ETIME, and no other one would change what is to be done next.
+        run_entry(opcode::Timeout::new(&raw const time).build()).await;
     }
 }
