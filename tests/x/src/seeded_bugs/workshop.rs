@@ -1,5 +1,6 @@
 //! A copy of the repository in which bugs are put back: its build folder stays warm, so each is an incremental build.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -54,12 +55,14 @@ impl Workshop {
                 ])
                 .current_dir(paths::root()),
         )?;
+        let mut wanted_files = HashSet::new();
         for name in listed.split('\0').filter(|name| !name.is_empty()) {
             let (from, to) = (paths::root().join(name), self.tree.join(name));
             let Ok(wanted) = fs::read(&from) else {
                 // Deleted and not committed yet.
                 continue;
             };
+            wanted_files.insert(to.clone());
             if fs::read(&to).is_ok_and(|held| held == wanted) {
                 continue;
             }
@@ -68,7 +71,7 @@ impl Workshop {
                 .with_context(|| format!("cannot make {}", folder.display()))?;
             fs::write(&to, wanted).with_context(|| format!("cannot write {}", to.display()))?;
         }
-        Ok(())
+        remove_others(&self.tree, &wanted_files)
     }
 
     /// Puts one bug back.
@@ -150,6 +153,19 @@ impl Workshop {
         program.env("CARGO_TARGET_DIR", &self.build);
         Ok(program)
     }
+}
+
+/// Removes every file below `folder` that is not wanted: a module that has moved would be there twice.
+fn remove_others(folder: &Path, wanted: &HashSet<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            remove_others(&path, wanted)?;
+        } else if !wanted.contains(&path) {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Applies a patch to a tree, or with `check` only says whether it would.
