@@ -41,7 +41,7 @@ struct Row {
 #[derive(Debug, Default)]
 pub(super) struct Figures(BTreeMap<String, Vec<f64>>);
 
-const ROWS: [Row; 19] = [
+const ROWS: [Row; 22] = [
     row(
         "longest 4k write in a second with a snapshot in it, depth 32",
         |figures| figures.ms("longest-write-with-snapshot-us"),
@@ -53,10 +53,21 @@ const ROWS: [Row; 19] = [
         |figures| {
             Some(
                 figures.ms("longest-write-with-snapshot-us")?
-                    / figures.ms("longest-write-without-snapshot-us")?,
+                    / figures.ms("longest-write-with-nothing-us")?,
             )
         },
         Bound::AtMost(2.0),
+        "times",
+    ),
+    row(
+        "a second with a `list` in it, against one without",
+        |figures| {
+            figures.ratio(
+                "longest-write-with-list-us",
+                "longest-write-with-nothing-us",
+            )
+        },
+        Bound::None,
         "times",
     ),
     row(
@@ -105,14 +116,26 @@ const ROWS: [Row; 19] = [
         "times",
     ),
     row(
+        "the same of `loop-z`",
+        |figures| figures.ratio("slow-flush-loop-z-8-jobs", "slow-flush-loop-z-1-job"),
+        Bound::None,
+        "times",
+    ),
+    row(
+        "the same, 8 volumes with a job each against one",
+        |figures| figures.ratio("slow-flush-8-volumes", "slow-flush-1-job"),
+        Bound::AtLeast(4.0),
+        "times",
+    ),
+    row(
         "flushes of the device per fdatasync, nothing mapped",
         |figures| figures.median("in-place-flushes-per-sync"),
         Bound::AtMost(1.05),
         "",
     ),
     row(
-        "writes to the device per write and fdatasync, nothing mapped",
-        |figures| figures.median("in-place-writes-per-sync"),
+        "blocks written to the device per block and fdatasync, nothing mapped",
+        |figures| figures.median("in-place-blocks-per-sync"),
         Bound::AtMost(1.05),
         "",
     ),
@@ -123,8 +146,8 @@ const ROWS: [Row; 19] = [
         "",
     ),
     row(
-        "writes to the device per write and fdatasync, each commit maps",
-        |figures| figures.median("redirected-writes-per-sync"),
+        "blocks written to the device per block and fdatasync, each commit maps",
+        |figures| figures.median("redirected-blocks-per-sync"),
         Bound::None,
         "",
     ),

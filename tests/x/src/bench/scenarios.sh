@@ -31,17 +31,22 @@ end_pool() {
   ublkctl pool destroy bench --force
 }
 
-# The longest write in a second, without and with a snapshot in it.
+# The longest write in a second: by itself, with a snapshot in it, and with a command that only asks the daemon, since
+# whatever runs takes processors from the job.
 stall() {
   pool /dev/ram0
   ublkctl create bench/v --size 256M
   device=$(ublkctl attach bench/v --queues 2 --depth 128)
   fill "$device" 256M
   for turn in $TURNS; do
-    for kind in without with; do
-      [ $kind = without ] || { sleep 0.5; ublkctl snapshot "bench/v@s$turn"; } &
+    for beside in nothing list snapshot; do
+      sleep 0.5
+      case $beside in
+        list) { sleep 0.5; ublkctl list bench >/run/said; } & ;;
+        snapshot) { sleep 0.5; ublkctl snapshot "bench/v@s$turn"; } & ;;
+      esac
       fio_minimal --name=stall --filename="$device" --rw=randwrite --bs=4k --iodepth=32 --size=256M --time_based --runtime=1 |
-        longest | sed "s/^/@figure longest-write-$kind-snapshot-us /"
+        longest | sed "s/^/@figure longest-write-with-$beside-us /"
       wait
     done
   done
@@ -81,8 +86,8 @@ delayed() {
   set -- /dev/$cached 0
   dmsetup create delayed --table "0 $(blockdev --getsz "$1") delay $* 0 $* 0 $* 20"
 }
-# Writes, and flushes, of the device so far: fields 5 and 16 of its stat file.
-below() { awk '{ print $5, $16 }' /sys/block/$cached/stat; }
+# Blocks of 4 KiB that the device was given, and its flushes, so far: fields 7 and 16 of its stat file.
+below() { awk '{ print $7 / 8, $16 }' /sys/block/$cached/stat; }
 slow_flushes() {
   delayed
   pool /dev/mapper/delayed
@@ -104,15 +109,30 @@ slow_flushes() {
   before=$(below)
   synced=$(fio_minimal --name=one "$@" | tee /run/one | awk -F ';' '{ print $47 / 4 }')
   after=$(below)
-  echo "$before $after $synced" | awk '{ print "@figure in-place-writes-per-sync " ($3 - $1) / $5; print "@figure in-place-flushes-per-sync " ($4 - $2) / $5 }'
+  echo "$before $after $synced" | awk '{ print "@figure in-place-blocks-per-sync " ($3 - $1) / $5; print "@figure in-place-flushes-per-sync " ($4 - $2) / $5 }'
   echo "@figure slow-flush-1-job $(rate </run/one)"
   echo "@figure slow-flush-8-jobs $(fio_minimal --name=eight --numjobs=8 "$@" | rate)"
+  jobs=
+  for number in $(seq 8); do
+    ublkctl create "bench/v$number" --size 4M
+    small=$(ublkctl attach "bench/v$number" --queues 1 --depth 32)
+    fill "$small" 4M
+    jobs="$jobs --name=v$number --filename=$small"
+  done
+  # shellcheck disable=SC2086 # words
+  echo "@figure slow-flush-8-volumes $(fio_minimal --rw=randwrite --bs=4k --fdatasync=1 --size=4M --time_based --runtime=3 $jobs | rate)"
   ublkctl snapshot bench/v@last
   before=$(below)
   synced=$(fio_minimal --name=one "$@" | awk -F ';' '{ print $47 / 4 }')
   after=$(below)
-  echo "$before $after $synced" | awk '{ print "@figure redirected-writes-per-sync " ($3 - $1) / $5; print "@figure redirected-flushes-per-sync " ($4 - $2) / $5 }'
+  echo "$before $after $synced" | awk '{ print "@figure redirected-blocks-per-sync " ($3 - $1) / $5; print "@figure redirected-flushes-per-sync " ($4 - $2) / $5 }'
   end_pool
+  # The same 8 jobs where no engine decides who shares a flush.
+  /root/rublk add loop -z -f /dev/mapper/delayed -n 0 -q 2 -d 128 --quiet >/run/said
+  shift
+  echo "@figure slow-flush-loop-z-1-job $(fio_minimal --name=one --filename=/dev/ublkb0 "$@" | rate)"
+  echo "@figure slow-flush-loop-z-8-jobs $(fio_minimal --name=eight --filename=/dev/ublkb0 --numjobs=8 "$@" | rate)"
+  /root/rublk del -n 0 >/run/said
   dmsetup remove delayed
 }
 
@@ -150,23 +170,25 @@ calls() {
   echo '!hist:keys=common_pid:size=4096' >"$event/trigger"
 }
 system_calls() {
-  pages
-  /root/rublk add loop -z -f /dev/ram0 -n 0 -q 2 -d 128 --quiet >/run/said
-  DEVICE=/dev/ublkb0
-  SERVER=$(pidof rublk | tr ' ' '\n' | tail -n 1)
-  NAME=calls-loop-z-read calls --name=read --rw=randread --time_based --runtime=1
-  NAME=calls-loop-z-overwrite calls --name=write --rw=randwrite --time_based --runtime=1
-  /root/rublk del -n 0 >/run/said
-  pool /dev/ram0
-  ublkctl create bench/v --size 256M
-  DEVICE=$(ublkctl attach bench/v --queues 2 --depth 128)
-  SERVER=$(pidof ublkctl | tr ' ' '\n' | tail -n 1)
-  fill "$DEVICE" 256M
-  NAME=calls-read calls --name=read --rw=randread --time_based --runtime=1
-  NAME=calls-overwrite calls --name=write --rw=randwrite --time_based --runtime=1
-  ublkctl snapshot bench/v@s
-  NAME=calls-redirect calls --name=write --rw=randwrite --io_size=64M
-  end_pool
+  for turn in $TURNS; do
+    pages
+    /root/rublk add loop -z -f /dev/ram0 -n 0 -q 2 -d 128 --quiet >/run/said
+    DEVICE=/dev/ublkb0
+    SERVER=$(pidof rublk | tr ' ' '\n' | tail -n 1)
+    NAME=calls-loop-z-read calls --name=read --rw=randread --time_based --runtime=1
+    NAME=calls-loop-z-overwrite calls --name=write --rw=randwrite --time_based --runtime=1
+    /root/rublk del -n 0 >/run/said
+    pool /dev/ram0
+    ublkctl create bench/v --size 256M
+    DEVICE=$(ublkctl attach bench/v --queues 2 --depth 128)
+    SERVER=$(pidof ublkctl | tr ' ' '\n' | tail -n 1)
+    fill "$DEVICE" 256M
+    NAME=calls-read calls --name=read --rw=randread --time_based --runtime=1
+    NAME=calls-overwrite calls --name=write --rw=randwrite --time_based --runtime=1
+    ublkctl snapshot bench/v@s
+    NAME=calls-redirect calls --name=write --rw=randwrite --io_size=64M
+    end_pool
+  done
 }
 
 # A sequential read before and after every block was written again, in random order, below a snapshot.

@@ -70,7 +70,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let wanted = match (options.sample, options.all, options.quick) {
         (Some(sample), ..) => sample,
         (None, true, _) => all.len(),
-        (None, false, true) => 8,
+        (None, false, true) => 4,
         (None, false, false) => 100,
     };
     let mut drawn = all.clone();
