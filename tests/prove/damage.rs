@@ -1,7 +1,6 @@
 //! R6: every live block of metadata of small pools damaged in every way: detected or harmless.
 
 use crate::Common;
-use blockfork::clock::{Clock, SystemClock};
 use blockfork_tests::damage::{BLOCK_BITS, Damage, Outcome, Scene};
 use blockfork_tests::parallel;
 use score::{Card, Target};
@@ -65,9 +64,8 @@ fn cases(quick: bool) -> Cases {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a percentage and minutes")]
+#[expect(clippy::cast_precision_loss, reason = "a percentage")]
 pub(crate) fn run(common: Common, options: &Options) -> Card {
-    let clock = SystemClock::new();
     let all = cases(common.quick);
     let count = all.cases.len() as u64;
     let range = options.case.map_or(0..count, |case| case..case + 1);
@@ -114,10 +112,5 @@ pub(crate) fn run(common: Common, options: &Options) -> Card {
     );
     card.none("wrong or unnamed", wrong.len() as u64);
     card.none("panics", panics.len() as u64);
-    card.add(
-        "minutes",
-        clock.monotonic_ns() as f64 / 60e9,
-        Target::AtMost(5.0),
-    );
     card
 }
