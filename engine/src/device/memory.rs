@@ -21,7 +21,7 @@ pub(crate) enum Call {
     Write(u64, u64),
     Flush,
     Discard(u64, u64),
-    Pause,
+    Pause(Duration),
 }
 
 /// The device. A block that was never written reads as zeros.
@@ -146,8 +146,8 @@ impl Device for Memory {
         self.note(Call::Discard(first, count))
     }
 
-    async fn pause(&self, _duration: Duration) {
-        let noted = self.note(Call::Pause);
+    async fn pause(&self, duration: Duration) {
+        let noted = self.note(Call::Pause(duration));
         assert!(noted.is_ok(), "a pause cannot be refused");
     }
 }

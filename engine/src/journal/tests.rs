@@ -14,6 +14,7 @@ use crate::space::SpaceMap;
 use crate::units::{BLOCK_LEN, Extent, Lba, Timestamp};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 pub(crate) const BLOCKS: u64 = 4096;
 
@@ -258,11 +259,19 @@ fn what_names_data_follows_it_to_the_device() {
 
 #[test]
 fn a_commit_waits_for_those_who_shared_the_last_where_flushes_take_long() {
-    const SLOW_NS: u64 = 20_000_000;
-    for (flush_ns, pauses) in [(0, 0), (SLOW_NS, 8)] {
+    // A tenth of a commit in eight steps, and no more than 5 ms.
+    let (none, eight) = (vec![], |micros| {
+        vec![Call::Pause(Duration::from_micros(micros)); 8]
+    });
+    for (flush_us, mut expected) in [
+        (0, none.clone()),
+        (499, none),
+        (20_000, eight(250)),
+        (2_000_000, eight(625)),
+    ] {
         let clock = Arc::new(ManualClock::default());
         let (device, ledger) = (Memory::default(), ledger_by(0, Arc::clone(&clock)));
-        device.make_flushes_take(flush_ns, clock);
+        device.make_flushes_take(flush_us * 1000, clock);
         // One who asks alone never waits.
         for _ in 0..2 {
             now(ledger.commit(&device)).unwrap();
@@ -282,7 +291,6 @@ fn a_commit_waits_for_those_who_shared_the_last_where_flushes_take_long() {
         assert_eq!(device.take_calls(), [Call::Flush]);
         // The first to come back gives the others time, once.
         now(ledger.commit(&device)).unwrap();
-        let mut expected = vec![Call::Pause; pauses];
         expected.push(Call::Flush);
         assert_eq!(device.take_calls(), expected);
         now(ledger.commit(&device)).unwrap();
