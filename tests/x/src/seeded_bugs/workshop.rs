@@ -1,6 +1,6 @@
 //! A copy of the repository in which bugs are put back: its build folder stays warm, so each is an incremental build.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -55,7 +55,7 @@ impl Workshop {
                 ])
                 .current_dir(paths::root()),
         )?;
-        let mut wanted_files = HashSet::new();
+        let mut wanted_files = BTreeSet::new();
         for name in listed.split('\0').filter(|name| !name.is_empty()) {
             let (from, to) = (paths::root().join(name), self.tree.join(name));
             let Ok(wanted) = fs::read(&from) else {
@@ -156,7 +156,7 @@ impl Workshop {
 }
 
 /// Removes every file below `folder` that is not wanted: a module that has moved would be there twice.
-fn remove_others(folder: &Path, wanted: &HashSet<PathBuf>) -> Result<()> {
+fn remove_others(folder: &Path, wanted: &BTreeSet<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_dir() {
