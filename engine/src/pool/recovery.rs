@@ -164,7 +164,9 @@ pub(super) async fn replay_readable<D: Device>(
                 .await?;
         }
     }
-    for record in &unsaved.records {
+    // Records that map what the pool does not have, or what has no count that can be read.
+    let mut impossible = BTreeSet::new();
+    for (index, record) in unsaved.records.iter().enumerate() {
         if let Record::Map {
             volume, pba, count, ..
         } = record
@@ -173,12 +175,15 @@ pub(super) async fn replay_readable<D: Device>(
             let claimed = metadata.with_supply(device, |metadata| metadata.space.claim(extent));
             if claimed.await.is_err() {
                 unapplied.withheld.insert(*volume);
+                impossible.insert(index);
             }
         }
     }
     let mut seq = unsaved.first;
-    for record in &unsaved.records {
-        apply_readable(device, metadata, record, seq, &mut unapplied).await;
+    for (index, record) in unsaved.records.iter().enumerate() {
+        if !impossible.contains(&index) {
+            apply_readable(device, metadata, record, seq, &mut unapplied).await;
+        }
         seq = seq.next();
     }
     Ok(unapplied)
