@@ -40,6 +40,9 @@ pub(crate) struct Commit {
     pub(crate) tail: Tail,
     /// Records that a checkpoint covers were left out behind the tail: until it is durable nothing may follow them.
     pub(crate) has_gap: bool,
+    /// A checkpoint wrote the blocks before the tail, and no flush has covered them yet. A block that follows one says
+    /// that it was durable, so nothing may be written behind them until they are.
+    is_volatile: bool,
     /// Requests up to this one are covered.
     covered: u64,
     pace: Pace,
@@ -86,6 +89,7 @@ impl Commit {
         Self {
             tail,
             has_gap: false,
+            is_volatile: false,
             covered: 0,
             pace: Pace::default(),
         }
@@ -148,11 +152,12 @@ impl Ledger {
             }
             state.take_pending()
         };
-        if batch.relies_on_data {
+        if batch.relies_on_data || (commit.is_volatile && !batch.framed.is_empty()) {
             self.flush_device(device).await?;
         }
         self.write_batch(device, &mut commit, &batch).await?;
         self.flush_device(device).await?;
+        commit.is_volatile = false;
         if !batch.framed.is_empty() {
             self.set_durable(batch.end);
         }
@@ -196,7 +201,8 @@ impl Ledger {
         freeze(&mut self.state.write())
     }
 
-    /// Writes a batch that a checkpoint took, if it fits; the journal is then whole up to the freeze.
+    /// Writes a batch that a checkpoint took, if it fits; the journal is then whole up to the freeze. It is not flushed:
+    /// the next commit or the checkpoint's end does that.
     pub(crate) async fn write_if_fits<D: Device>(
         &self,
         device: &D,
@@ -207,6 +213,7 @@ impl Ledger {
             return Ok(false);
         }
         self.write_batch(device, commit, batch).await?;
+        commit.is_volatile |= !batch.framed.is_empty();
         Ok(true)
     }
 

@@ -258,6 +258,46 @@ fn what_names_data_follows_it_to_the_device() {
 }
 
 #[test]
+fn nothing_follows_what_a_checkpoint_wrote_before_that_is_durable() {
+    let (device, ledger) = (Memory::default(), ledger(0));
+    let journal = layout::journal(BLOCKS).start.0;
+    let leave_to_a_checkpoint = |number| {
+        apply(&ledger, &device, &create(number)).unwrap();
+        let mut held = now(ledger.hold_commits());
+        let batch = ledger.freeze(State::take_pending);
+        assert!(now(ledger.write_if_fits(&device, &mut held, &batch)).unwrap());
+    };
+    leave_to_a_checkpoint(1);
+    assert_eq!(device.take_calls(), [Call::Write(journal, 1)]);
+    // Lost with the power, the block before would look like damage: a later commit says that it was durable.
+    apply(&ledger, &device, &create(2)).unwrap();
+    now(ledger.commit(&device)).unwrap();
+    assert_eq!(
+        device.take_calls(),
+        [Call::Flush, Call::Write(journal + 1, 1), Call::Flush]
+    );
+    apply(&ledger, &device, &create(3)).unwrap();
+    now(ledger.commit(&device)).unwrap();
+    assert_eq!(
+        device.take_calls(),
+        [Call::Write(journal + 2, 1), Call::Flush]
+    );
+    // A commit without records makes it durable too.
+    leave_to_a_checkpoint(4);
+    now(ledger.commit(&device)).unwrap();
+    assert_eq!(
+        device.take_calls(),
+        [Call::Write(journal + 3, 1), Call::Flush]
+    );
+    apply(&ledger, &device, &create(5)).unwrap();
+    now(ledger.commit(&device)).unwrap();
+    assert_eq!(
+        device.take_calls(),
+        [Call::Write(journal + 4, 1), Call::Flush]
+    );
+}
+
+#[test]
 fn a_commit_waits_for_those_who_shared_the_last_where_flushes_take_long() {
     // A tenth of a commit in eight steps, and no more than 5 ms.
     let (none, eight) = (vec![], |micros| {
