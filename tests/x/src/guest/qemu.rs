@@ -44,8 +44,10 @@ pub enum Go {
 
 /// How long nobody hears of a machine that says nothing.
 const TICK: Duration = Duration::from_millis(10);
-/// How often a machine is started whose kernel dies on the way up.
+/// How often a machine is started whose kernel dies, or stands still, on the way up.
 const BOOTS_MAX: u32 = 3;
+/// A machine that is not up after this stands still; on a busy machine it takes up to a minute.
+const BOOT_LIMIT: Duration = Duration::from_secs(150);
 /// The exit status of a command that was killed with its machine.
 const KILLED: u8 = 137;
 
@@ -60,8 +62,8 @@ impl Drop for Running {
     }
 }
 
-/// Boots the machine and waits for its end. Where an emulated kernel dies, as it does now and then, that says nothing of
-/// what ran on it, and the machine is started again; but one with disks only while nothing of ours has run.
+/// Boots the machine and waits for its end. Where an emulated kernel dies or stands still, as it does now and then, that
+/// says nothing of what ran on it, and the machine is started again; but one with disks only while nothing of ours has run.
 pub(super) fn boot(
     machine: &Machine<'_>,
     watch: &mut dyn FnMut(Option<&str>) -> Go,
@@ -98,14 +100,15 @@ fn run(machine: &Machine<'_>, watch: &mut dyn FnMut(Option<&str>) -> Go) -> Resu
         }
     });
     #[expect(clippy::disallowed_methods, reason = "the limit is on real time")]
-    let deadline = Instant::now() + machine.limit;
+    let began = Instant::now();
     let mut console = Console {
         silent: machine.silent,
         ..Console::default()
     };
     loop {
         #[expect(clippy::disallowed_methods, reason = "the limit is on real time")]
-        let left = deadline.saturating_duration_since(Instant::now());
+        let elapsed = Instant::now().saturating_duration_since(began);
+        let left = machine.limit.saturating_sub(elapsed);
         let mut go = Go::On;
         match chunks.recv_timeout(left.min(TICK)) {
             Ok(chunk) => {
@@ -117,6 +120,11 @@ fn run(machine: &Machine<'_>, watch: &mut dyn FnMut(Option<&str>) -> Go) -> Resu
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if !console.is_up && elapsed > BOOT_LIMIT => {
+                let stands = format!("it was not up after {} s", BOOT_LIMIT.as_secs());
+                console.panic.get_or_insert(stands);
+                break;
+            }
             Err(RecvTimeoutError::Timeout) if !left.is_zero() => go = watch(None),
             Err(RecvTimeoutError::Timeout) => {
                 bail!(
