@@ -41,7 +41,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         quick: options.quick,
         only: only.transpose()?,
     };
-    command::run_shown(command::cargo().args(["build", "--locked", "--package", "ublkctl"]))?;
+    // With the features that the tests are built with, so that it is not built twice.
+    let mut build = command::cargo();
+    build.args(["build", "--locked", "--workspace", "--bin", "ublkctl"]);
+    command::run_shown(&mut build)?;
     let outcome = ::hostile::run(&paths::target().join("debug/ublkctl"), &plan);
     for failure in &outcome.failures {
         eprintln!("{failure}");

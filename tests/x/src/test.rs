@@ -4,15 +4,18 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
-use crate::guest::{Job, Kernel};
+use crate::guest::{Go, Job, Kernel};
 use crate::{command, power_cut, scorecard, setup};
 
 const LIMIT: Duration = Duration::from_secs(20 * 60);
+/// The memory of a guest.
+const GUEST_KIB: usize = 3 << 20;
 
 /// What is tested.
 #[derive(Debug, Default, clap::Args)]
@@ -52,14 +55,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             .map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
         match programs() {
             Ok((suites, ublkctl)) => {
-                for kernel in kernels {
+                for (kernel, ended) in in_guests(&kernels, &suites, &ublkctl, options) {
                     let name = format!("guest, kernel {}", kernel.name());
-                    note(
-                        &name,
-                        in_guest(kernel, &suites, &ublkctl, options),
-                        &mut counts,
-                        &mut failed,
-                    );
+                    note(&name, ended, &mut counts, &mut failed);
                 }
             }
             Err(error) => note("guest", Err(error), &mut counts, &mut failed),
@@ -132,15 +130,9 @@ fn samples() -> Result<Ended> {
 /// The suites' own program, and the ublkctl that they drive.
 pub fn programs() -> Result<(PathBuf, PathBuf)> {
     let mut build = command::cargo();
-    build.args([
-        "test",
-        "--locked",
-        "--no-run",
-        "--package",
-        "blockfork-tests",
-        "--test",
-        "guest",
-    ]);
+    // Of the whole workspace, as the tests before were built: with other features all would be built again.
+    build.args(["test", "--locked", "--no-run", "--workspace"]);
+    build.args(["--test", "guest"]);
     build.arg("--message-format=json-render-diagnostics");
     let messages = command::output(&mut build)?;
     let suites = messages.lines().find_map(|line| {
@@ -154,7 +146,66 @@ pub fn programs() -> Result<(PathBuf, PathBuf)> {
     ))
 }
 
-fn in_guest(kernel: Kernel, suites: &Path, ublkctl: &Path, options: &Options) -> Result<Ended> {
+/// The suites on each kernel: beside each other where there is memory for it, since an emulated guest keeps little more
+/// than one processor busy. The first one shows what it does, the others when they have ended.
+fn in_guests(
+    kernels: &[Kernel],
+    suites: &Path,
+    ublkctl: &Path,
+    options: &Options,
+) -> Vec<(Kernel, Result<Ended>)> {
+    let run = |kernel: Kernel, silent, watch: &mut dyn FnMut(Option<&str>) -> Go| {
+        let ended = in_guest(kernel, suites, ublkctl, options, silent, watch);
+        (kernel, ended)
+    };
+    let alone = |kernel: &Kernel| run(*kernel, false, &mut |_| Go::On);
+    let (Some((first, others)), true) = (kernels.split_first(), has_memory_for(kernels.len()))
+    else {
+        return kernels.iter().map(alone).collect();
+    };
+    let (is_up, up) = mpsc::channel();
+    thread::scope(|scope| {
+        let beside = scope.spawn(move || {
+            // What a guest is made of is fetched once; nothing comes if that fails.
+            up.recv().unwrap_or_default();
+            let silently = |kernel: &Kernel| run(*kernel, true, &mut |_| Go::On);
+            others.iter().map(silently).collect::<Vec<_>>()
+        });
+        let mut watch = |_: Option<&str>| {
+            is_up.send(()).unwrap_or_default();
+            Go::On
+        };
+        let mut ended = vec![run(*first, false, &mut watch)];
+        drop(is_up);
+        match beside.join() {
+            Ok(others) => ended.extend(others),
+            Err(_) => ended.extend(others.iter().map(|kernel| {
+                let panicked = anyhow!("the thread beside panicked");
+                (*kernel, Err(panicked))
+            })),
+        }
+        ended
+    })
+}
+
+/// Whether so many guests fit into memory, with as much again for everything else.
+fn has_memory_for(guests: usize) -> bool {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    kib.is_some_and(|kib| kib > guests * 2 * GUEST_KIB)
+}
+
+fn in_guest(
+    kernel: Kernel,
+    suites: &Path,
+    ublkctl: &Path,
+    options: &Options,
+    silent: bool,
+    watch: &mut dyn FnMut(Option<&str>) -> Go,
+) -> Result<Ended> {
     let filter = options.filter.as_deref().unwrap_or_default();
     // The tests that repeat a cycle do so at length on one kernel.
     let cycles = match kernel {
@@ -165,7 +216,11 @@ fn in_guest(kernel: Kernel, suites: &Path, ublkctl: &Path, options: &Options) ->
     let mut job = Job::new(kernel, &script, LIMIT);
     job.add_program(suites, "suites");
     job.add_program(ublkctl, "ublkctl");
-    let outcome = job.run()?;
+    job.silent = silent;
+    let outcome = job.run_watched(watch)?;
+    if silent {
+        print!("{}", outcome.output);
+    }
     let counts: Vec<_> = outcome
         .output
         .lines()
