@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 
@@ -85,7 +86,11 @@ pub(super) fn build(
     script: &str,
     files: &[(PathBuf, String)],
 ) -> Result<Image> {
-    let path = paths::guest_cache().join(format!("initramfs.{}", std::process::id()));
+    // Guests of one process may run beside each other.
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("initramfs.{}.{number}", std::process::id());
+    let path = paths::guest_cache().join(name);
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let image = Image(path);
     let mut tree = Tree {
