@@ -233,6 +233,13 @@ fn those_who_wait_for_a_commit_share_the_next() {
     assert_eq!(device.take_calls(), [written, Call::Flush]);
 }
 
+/// What a commit of one more record asks of the device.
+fn commit_one(ledger: &Ledger, device: &Memory, number: u64) -> Vec<Call> {
+    apply(ledger, device, &create(number)).unwrap();
+    now(ledger.commit(device)).unwrap();
+    device.take_calls()
+}
+
 #[test]
 fn what_names_data_follows_it_to_the_device() {
     let (device, ledger) = (Memory::default(), ledger(0));
@@ -242,17 +249,13 @@ fn what_names_data_follows_it_to_the_device() {
     device.take_calls();
     now(ledger.change(&device, map_a_block)).unwrap();
     // What comes behind it in the same commit waits too.
-    apply(&ledger, &device, &create(2)).unwrap();
-    now(ledger.commit(&device)).unwrap();
     assert_eq!(
-        device.take_calls(),
+        commit_one(&ledger, &device, 2),
         [Call::Flush, Call::Write(journal + 1, 1), Call::Flush]
     );
     // The next one owes nothing to it.
-    apply(&ledger, &device, &create(3)).unwrap();
-    now(ledger.commit(&device)).unwrap();
     assert_eq!(
-        device.take_calls(),
+        commit_one(&ledger, &device, 3),
         [Call::Write(journal + 2, 1), Call::Flush]
     );
 }
@@ -270,16 +273,12 @@ fn nothing_follows_what_a_checkpoint_wrote_before_that_is_durable() {
     leave_to_a_checkpoint(1);
     assert_eq!(device.take_calls(), [Call::Write(journal, 1)]);
     // Lost with the power, the block before would look like damage: a later commit says that it was durable.
-    apply(&ledger, &device, &create(2)).unwrap();
-    now(ledger.commit(&device)).unwrap();
     assert_eq!(
-        device.take_calls(),
+        commit_one(&ledger, &device, 2),
         [Call::Flush, Call::Write(journal + 1, 1), Call::Flush]
     );
-    apply(&ledger, &device, &create(3)).unwrap();
-    now(ledger.commit(&device)).unwrap();
     assert_eq!(
-        device.take_calls(),
+        commit_one(&ledger, &device, 3),
         [Call::Write(journal + 2, 1), Call::Flush]
     );
     // A commit without records makes it durable too.
@@ -289,10 +288,8 @@ fn nothing_follows_what_a_checkpoint_wrote_before_that_is_durable() {
         device.take_calls(),
         [Call::Write(journal + 3, 1), Call::Flush]
     );
-    apply(&ledger, &device, &create(5)).unwrap();
-    now(ledger.commit(&device)).unwrap();
     assert_eq!(
-        device.take_calls(),
+        commit_one(&ledger, &device, 5),
         [Call::Write(journal + 4, 1), Call::Flush]
     );
 }

@@ -10,12 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::guest::{Go, Job, Kernel};
+use crate::guest::{Go, Job, Kernel, MEMORY_GIB};
 use crate::{command, power_cut, scorecard, setup};
 
 const LIMIT: Duration = Duration::from_secs(20 * 60);
-/// The memory of a guest.
-const GUEST_KIB: usize = 3 << 20;
 
 /// What is tested.
 #[derive(Debug, Default, clap::Args)]
@@ -163,16 +161,18 @@ fn in_guests(
     else {
         return kernels.iter().map(alone).collect();
     };
-    let (is_up, up) = mpsc::channel();
+    let (is_up, up) = mpsc::channel::<()>();
     thread::scope(|scope| {
         let beside = scope.spawn(move || {
-            // What a guest is made of is fetched once; nothing comes if that fails.
+            // What a guest is made of is fetched once. Nothing is ever sent: the other end goes.
             up.recv().unwrap_or_default();
             let silently = |kernel: &Kernel| run(*kernel, true, &mut |_| Go::On);
             others.iter().map(silently).collect::<Vec<_>>()
         });
+        let mut is_up = Some(is_up);
+        // Its end says so too, whether it came up or not.
         let mut watch = |_: Option<&str>| {
-            is_up.send(()).unwrap_or_default();
+            is_up.take();
             Go::On
         };
         let mut ended = vec![run(*first, false, &mut watch)];
@@ -195,7 +195,7 @@ fn has_memory_for(guests: usize) -> bool {
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<usize>().ok());
-    kib.is_some_and(|kib| kib > guests * 2 * GUEST_KIB)
+    kib.is_some_and(|kib| kib > guests * 2 * (MEMORY_GIB << 20))
 }
 
 fn in_guest(

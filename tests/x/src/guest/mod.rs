@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 pub use kernel::Kernel;
-pub use qemu::{Go, Outcome};
+pub use qemu::{Go, MEMORY_GIB, Outcome};
 
 /// One boot: the kernel, what lies in the guest's file system, and the command.
 #[derive(Debug)]

@@ -42,11 +42,13 @@ pub enum Go {
     Off,
 }
 
+/// The memory of a machine.
+pub const MEMORY_GIB: usize = 3;
 /// How long nobody hears of a machine that says nothing.
 const TICK: Duration = Duration::from_millis(10);
 /// How often a machine is started whose kernel dies, or stands still, on the way up.
 const BOOTS_MAX: u32 = 3;
-/// A machine that is not up after this stands still; on a busy machine it takes up to a minute.
+/// A machine that is not up after this stands still; most take some 10 s, on a busy machine a few times that.
 const BOOT_LIMIT: Duration = Duration::from_secs(150);
 /// The exit status of a command that was killed with its machine.
 const KILLED: u8 = 137;
@@ -159,7 +161,7 @@ fn command(machine: &Machine<'_>) -> Command {
         "-smp",
         &machine.processors.to_string(),
         "-m",
-        "3G",
+        &format!("{MEMORY_GIB}G"),
         "-nodefaults",
         "-nographic",
         "-no-reboot",
