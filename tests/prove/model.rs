@@ -34,7 +34,7 @@ pub(crate) fn run(common: Common, options: &Options) -> Card {
     let full = 10_000;
     let sequences = options
         .sequences
-        .unwrap_or(if common.quick { 300 } else { full });
+        .unwrap_or(if common.quick { 1_000 } else { full });
     let common = Common {
         quick: sequences < full,
         ..common

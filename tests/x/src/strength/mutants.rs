@@ -87,7 +87,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         options.seed
     );
     let first = test(&tree, &drawn, &UNIT_TESTS)?;
-    let ended = if first.survivors.is_empty() {
+    // What the unit tests miss is left to all others, whose build alone takes longer than a sample may.
+    let ended = if first.survivors.is_empty() || options.quick {
         first
     } else {
         let mut second = test(&tree, &first.survivors, &EVERYTHING)?;
@@ -100,9 +101,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let tested = ended.caught + ended.survivors.len();
     #[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^53")]
     let percent = 100.0 * ended.caught as f64 / tested.max(1) as f64;
+    // Of a few mutants one is many per cent, and a sample asks the unit tests only.
+    let least = if options.quick { 75.0 } else { 90.0 };
     let mut card = Card::new("R4", drawn.len() < all.len(), Some(options.seed));
     card.at_least("mutants tested", tested as u64, drawn.len() as u64 * 3 / 4);
-    card.add("% of mutants caught", percent, Target::AtLeast(90.0));
+    card.add("% of mutants caught", percent, Target::AtLeast(least));
     crate::row::report(&card.into_figures(), options.json.as_deref())
 }
 
