@@ -16,7 +16,9 @@ pub(crate) const CATALOG_INDEX_ENTRIES: usize = 252;
 const SLOT_BYTES: usize = 256;
 const _: () = assert!(SLOTS_PER_PAGE * SLOT_BYTES <= BODY_BYTES);
 const _: () = assert!(CATALOG_INDEX_ENTRIES * 16 <= BODY_BYTES);
-const _: () = assert!(NAME_BYTES_MAX <= SLOT_BYTES - 97);
+/// Where in a slot stands what it says of kin.
+const KIN_AT: usize = 208;
+const _: () = assert!(64 + NAME_BYTES_MAX <= KIN_AT);
 
 /// How many pages each level of the catalog has, from the pages with the slots to the single top one.
 pub(crate) fn level_sizes(slots: usize) -> impl Iterator<Item = usize> {
@@ -47,6 +49,66 @@ pub(crate) enum Role {
     Reclaiming { cursor: Lba },
 }
 
+/// Blocks that one volume or snapshot owns alone: nothing else has them, nor a page above them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Own {
+    pub(crate) data: u64,
+    /// Pages of its map.
+    pub(crate) pages: u64,
+}
+
+/// Whom a volume or snapshot shares blocks with, and what it owns alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Kin {
+    /// The snapshot that it goes on from. The number of something removed: it goes on from that, as all others do that
+    /// give the number. None: only what goes on from it can share its blocks.
+    pub(crate) parent: Option<VolumeId>,
+    /// What goes on from it may share blocks that it does not have itself.
+    pub(crate) is_ragged: bool,
+    /// None while that has to be counted.
+    pub(crate) own: Option<Own>,
+}
+
+impl Kin {
+    /// A parent for those of whom it is not known any more: whoever gives it may share blocks with all others that do.
+    pub(crate) const ANYONE: VolumeId = VolumeId((1 << 62) - 1);
+
+    /// Nothing is known.
+    pub(crate) const UNKNOWN: Self = Self {
+        parent: Some(Self::ANYONE),
+        is_ragged: true,
+        own: None,
+    };
+
+    fn encode(self, slot: &mut Writer<'_>) {
+        let own = self.own.unwrap_or_default();
+        slot.u64(self.parent.map_or(0, |id| id.0));
+        slot.u64(own.data);
+        slot.u64(own.pages);
+        slot.u8(1 | u8::from(self.own.is_some()) << 1 | u8::from(self.is_ragged) << 2);
+    }
+
+    fn decode(slot: &mut Reader<'_>, bounds: Bounds) -> Result<Self> {
+        let parent = slot.u64()?;
+        let own = Own {
+            data: slot.u64()?,
+            pages: slot.u64()?,
+        };
+        let flags = slot.u8()?;
+        if parent >> 62 != 0 || own.data.max(own.pages) > bounds.blocks {
+            return Err(Error::corrupt("catalog page: kin that cannot be"));
+        }
+        if flags & 1 == 0 {
+            return Ok(Self::UNKNOWN);
+        }
+        Ok(Self {
+            parent: (parent != 0).then_some(VolumeId(parent)),
+            is_ragged: flags & 4 != 0,
+            own: (flags & 2 != 0).then_some(own),
+        })
+    }
+}
+
 /// An occupied slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CatalogEntry {
@@ -58,6 +120,7 @@ pub(crate) struct CatalogEntry {
     pub(crate) redirects_always: bool,
     pub(crate) mapped_blocks: u64,
     pub(crate) created: Timestamp,
+    pub(crate) kin: Kin,
 }
 
 fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
@@ -72,7 +135,9 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
             .root
             .ptr
             .map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
-        let mut slot = Writer::new(&mut slot);
+        let (head, tail) = slot.split_at_mut(KIN_AT);
+        entry.kin.encode(&mut Writer::new(tail));
+        let mut slot = Writer::new(head);
         slot.u8(code);
         slot.u8(entry.root.level);
         slot.u8(u8::from(entry.redirects_always));
@@ -91,7 +156,9 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
 }
 
 fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<CatalogEntry>> {
-    let mut slot = Reader::new(reader.bytes(SLOT_BYTES)?);
+    let slot = reader.bytes(SLOT_BYTES)?;
+    let mut kin = Reader::new(slot.get(KIN_AT..).unwrap_or_default());
+    let mut slot = Reader::new(slot);
     let damaged = |fact: &str| Error::corrupt(format!("catalog page: {fact}"));
     let code = slot.u8()?;
     if code == 0 {
@@ -125,6 +192,7 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
         return Err(damaged("more blocks than its map spans"));
     }
     let created = Timestamp(slot.u64()?);
+    let kin = Kin::decode(&mut kin, bounds)?;
     let name = std::str::from_utf8(slot.bytes(name_len)?);
     let name = || {
         name.ok()
@@ -155,6 +223,7 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
         redirects_always,
         mapped_blocks,
         created,
+        kin,
     }))
 }
 

@@ -187,6 +187,7 @@ impl MapStore {
     fn release_page(&mut self, ptr: PagePtr, seq: Seq, space: &mut SpaceMap) {
         if matches!(space.count(ptr.pba), Ok(1)) {
             self.pages.remove(&ptr.pba);
+            space.note_page_freed();
         }
         space.release(ptr.pba, Some(seq));
     }

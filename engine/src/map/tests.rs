@@ -375,9 +375,9 @@ impl Pair {
         for owner in self.live.iter().chain(&self.frozen) {
             let (mut from, mut unique) = (Lba(0), 0);
             while from.0 < span_blocks(owner.root.level) {
-                let (next, count) = self.store.unique(&self.space, owner.root, from).unwrap();
+                let (next, own) = self.store.own(&self.space, owner.root, from).unwrap();
                 assert!(next > from);
-                unique += count;
+                unique += own.data + own.pages;
                 from = next;
             }
             let level = owner.root.level;
@@ -497,7 +497,7 @@ fn a_map_deeper_than_maps_can_be_is_refused_everywhere() {
     );
     assert!(pair.store.diff(deep, flat, lba).is_err());
     assert!(pair.store.diff(flat, deep, lba).is_err());
-    assert!(pair.store.unique(space, deep, lba).is_err());
+    assert!(pair.store.own(space, deep, lba).is_err());
     assert!(pair.store.reclaim(deep, lba, Seq(1), space).is_err());
     assert!(pair.store.prepare_remap(flat, lba, 1, space).is_ok());
     assert!(

@@ -3,7 +3,7 @@
 
 use super::{MapStore, leaf_index, level_matches, span_end};
 use crate::error::Result;
-use crate::format::catalog::Root;
+use crate::format::catalog::{Own, Root};
 use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
 use crate::format::page::PagePtr;
 use crate::space::{Fault, SpaceMap};
@@ -80,37 +80,30 @@ impl MapStore {
         }
     }
 
-    /// The blocks at and after `from` that only this map owns, map pages included, of one leaf or of nothing up to
-    /// the returned place. An inner page is counted with the first leaf below it.
-    pub(crate) fn unique(
-        &self,
-        space: &SpaceMap,
-        root: Root,
-        from: Lba,
-    ) -> Result<(Lba, u64), Fault> {
+    /// The blocks at and after `from` that only this map owns, of one leaf or of nothing up to the returned place. An
+    /// inner page is counted with the first leaf below it.
+    pub(crate) fn own(&self, space: &SpaceMap, root: Root, from: Lba) -> Result<(Lba, Own), Fault> {
         level_matches(root.level)?;
         let mut level = root.level;
-        let mut unique = 0;
+        let mut own = Own::default();
         let mut next = root.ptr.filter(|_| from.0 < span_blocks(level));
         if next.is_none() {
-            return Ok((Lba(u64::MAX), 0));
+            return Ok((Lba(u64::MAX), own));
         }
         loop {
             let Some(ptr) = next else {
-                return Ok((span_end(level, from), unique));
+                return Ok((span_end(level, from), own));
             };
             if space.referenced(ptr.pba)? > 1 {
-                return Ok((span_end(level, from), unique));
+                return Ok((span_end(level, from), own));
             }
-            if from.0.is_multiple_of(span_blocks(level)) {
-                unique += 1;
-            }
+            own.pages += u64::from(from.0.is_multiple_of(span_blocks(level)));
             match &*self.page(ptr, level)?.node {
                 Node::Leaf(entries) => {
                     for entry in entries.iter().filter(|entry| entry.0 != 0) {
-                        unique += u64::from(space.referenced(*entry)? == 1);
+                        own.data += u64::from(space.referenced(*entry)? == 1);
                     }
-                    return Ok((span_end(0, from), unique));
+                    return Ok((span_end(0, from), own));
                 }
                 Node::Inner(children) => next = children[super::child_index(level, from)],
             }

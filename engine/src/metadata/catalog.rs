@@ -1,6 +1,7 @@
 //! The volumes, snapshots and removed trees of a pool, in memory; which catalog page each stands in, and which of
 //! those pages changed.
 
+use super::kin::{Counting, KinTree};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{CatalogEntry, Role, SLOTS_PER_PAGE};
 use crate::limits::{SNAPSHOT_GROUP_MAX, VOLUMES_MAX};
@@ -18,6 +19,7 @@ pub(crate) struct Volume {
     pub(crate) goal: Pba,
     /// For a removed tree: nothing of it is returned before this record is durable.
     pub(crate) removed_at: Seq,
+    pub(super) counting: Counting,
 }
 
 /// All volumes, snapshots and removed trees.
@@ -34,6 +36,7 @@ pub(crate) struct Catalog {
     free_slots: BTreeSet<usize>,
     dirty_pages: BTreeSet<usize>,
     next_id: u64,
+    pub(super) kin: KinTree,
 }
 
 impl Catalog {
@@ -48,6 +51,7 @@ impl Catalog {
             free_slots: BTreeSet::new(),
             dirty_pages: BTreeSet::new(),
             next_id: next_id.max(1),
+            kin: KinTree::default(),
         }
     }
 
@@ -214,6 +218,7 @@ impl Catalog {
         let id = entry.id;
         self.slots[slot] = Some(id);
         self.next_id = self.next_id.max(id.0 + 1);
+        self.kin.add(&entry);
         match &entry.role {
             Role::Volume { name, .. } => {
                 self.by_name.insert(name.clone(), id);
@@ -230,11 +235,15 @@ impl Catalog {
             slot,
             goal: Pba(0),
             removed_at,
+            counting: Counting::default(),
         };
         self.volumes.insert(id, volume);
     }
 
     fn unname(&mut self, id: VolumeId) {
+        if let Some(volume) = self.volumes.get(&id) {
+            self.kin.remove(&volume.entry);
+        }
         match self.volumes.get(&id).map(|volume| &volume.entry.role) {
             Some(Role::Volume { name, .. }) => {
                 self.by_name.remove(name);

@@ -3,20 +3,21 @@
 //! go the same way.
 
 mod catalog;
+mod kin;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use catalog::Catalog;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog::{CatalogEntry, Role, Root, level_sizes};
+use crate::format::catalog::{CatalogEntry, Kin, Own, Role, Root, level_sizes};
 use crate::format::map_page::level_for;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
 use crate::limits::SNAPSHOT_GROUP_MAX;
 use crate::map::{MapStore, ReclaimStep, UnmapStep};
-use crate::space::{Fault, SpaceMap};
-use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, VolumeId};
+use crate::space::{Fault, SpaceMap, Tally};
+use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, Timestamp, VolumeId};
 
 /// Where the catalog's pages stand: the pages themselves, then each index level above them.
 pub(crate) type CatalogPlaces = Vec<Vec<Option<PagePtr>>>;
@@ -193,6 +194,7 @@ impl Metadata {
 
     /// Applies a prepared record, whose number is `seq`.
     pub(crate) fn apply(&mut self, record: &Record, prepared: Prepared, seq: Seq) -> Result<()> {
+        let before = self.space.tally();
         match record {
             Record::Map {
                 volume,
@@ -205,7 +207,7 @@ impl Metadata {
                 let root = &mut volume.entry.root;
                 self.map
                     .remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
-                self.count_mapped(id);
+                self.note_change(id, before);
             }
             Record::Unmap { volume, .. } => {
                 let Prepared::Unmap(step) = prepared else {
@@ -215,7 +217,7 @@ impl Metadata {
                 let volume = self.catalog.get_mut(id)?;
                 self.map
                     .unmap(&mut volume.entry.root, step, seq, &mut self.space);
-                self.count_mapped(id);
+                self.note_change(id, before);
             }
             Record::Create {
                 id,
@@ -225,22 +227,13 @@ impl Metadata {
                 redirects_always,
                 created,
             } => {
-                let entry = CatalogEntry {
-                    id: *id,
-                    role: Role::Volume {
-                        name: name.clone(),
-                        origin: None,
-                    },
-                    root: Root {
-                        ptr: None,
-                        level: level_for(blocks_of(*bytes)),
-                    },
-                    bytes: *bytes,
-                    sector_bytes: *sector_bytes,
-                    redirects_always: *redirects_always,
-                    mapped_blocks: 0,
-                    created: *created,
+                let role = Role::Volume {
+                    name: name.clone(),
+                    origin: None,
                 };
+                let mut entry = empty_volume(*id, role, *bytes, *created);
+                entry.sector_bytes = *sector_bytes;
+                entry.redirects_always = *redirects_always;
                 self.catalog.insert(entry, seq);
             }
             Record::Snapshot {
@@ -275,6 +268,7 @@ impl Metadata {
                 self.roll_back(*volume, *snapshot, *reclaim, seq)?;
             }
             Record::Remove { id } => {
+                self.catalog.leaves(*id);
                 self.catalog
                     .set_role(*id, Role::Reclaiming { cursor: Lba(0) }, seq);
             }
@@ -288,6 +282,7 @@ impl Metadata {
                 entry.bytes = *bytes;
                 let level = level_for(blocks_of(*bytes));
                 self.map.raise(&mut entry.root, level, &mut self.space);
+                self.note_change(*id, before);
             }
         }
         Ok(())
@@ -312,17 +307,17 @@ impl Metadata {
         }
         old.id = reclaim;
         old.role = Role::Reclaiming { cursor: Lba(0) };
+        old.kin = Kin::default();
         self.catalog.insert(old, seq);
+        self.catalog.rolled_back(volume, snapshot);
         Ok(())
     }
 
-    /// Notes how much a volume maps that is marked as changed already.
-    fn count_mapped(&mut self, id: VolumeId) {
-        if let Some(volume) = self.catalog.get_unsaved(id)
-            && let Ok(mapped) = self.map.mapped(volume.entry.root)
-        {
-            volume.entry.mapped_blocks = mapped;
-        }
+    /// Notes how much a volume maps and owns alone that is marked as changed already.
+    fn note_change(&mut self, id: VolumeId, before: Tally) {
+        let (map, after) = (&self.map, self.space.tally());
+        let mapped = |root| map.mapped(root).ok();
+        self.catalog.changed(id, before, after, mapped);
     }
 
     fn fork(
@@ -330,7 +325,7 @@ impl Metadata {
         from: VolumeId,
         id: VolumeId,
         role: Role,
-        created: crate::units::Timestamp,
+        created: Timestamp,
         seq: Seq,
     ) -> Result<()> {
         let mut entry = self.catalog.get(from)?.entry.clone();
@@ -338,7 +333,9 @@ impl Metadata {
         entry.role = role;
         entry.root = MapStore::fork(entry.root, &mut self.space);
         entry.created = created;
+        let role = entry.role.clone();
         self.catalog.insert(entry, seq);
+        self.catalog.forked(from, id, &role);
         Ok(())
     }
 
@@ -389,6 +386,26 @@ impl Metadata {
             Some(next) => self.catalog.get_mut(id)?.entry.role = Role::Reclaiming { cursor: next },
         }
         Ok(step)
+    }
+}
+
+fn empty_volume(id: VolumeId, role: Role, bytes: u64, created: Timestamp) -> CatalogEntry {
+    CatalogEntry {
+        id,
+        role,
+        root: Root {
+            ptr: None,
+            level: level_for(blocks_of(bytes)),
+        },
+        bytes,
+        sector_bytes: 4096,
+        redirects_always: false,
+        mapped_blocks: 0,
+        created,
+        kin: Kin {
+            own: Some(Own::default()),
+            ..Kin::default()
+        },
     }
 }
 

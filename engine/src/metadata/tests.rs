@@ -17,7 +17,7 @@ fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
-fn empty() -> Metadata {
+pub(super) fn empty() -> Metadata {
     let mut space = SpaceMap::new(BLOCKS, layout::journal(BLOCKS));
     for region in 0..layout::region_count(BLOCKS) {
         space.load(region, None, None).unwrap();
@@ -31,7 +31,7 @@ fn empty() -> Metadata {
     }
 }
 
-fn create(id: u64, text: &str) -> Record {
+pub(super) fn create(id: u64, text: &str) -> Record {
     Record::Create {
         id: VolumeId(id),
         name: name(text),
@@ -42,7 +42,7 @@ fn create(id: u64, text: &str) -> Record {
     }
 }
 
-fn snapshot(volume: u64, id: u64, text: &str) -> Record {
+pub(super) fn snapshot(volume: u64, id: u64, text: &str) -> Record {
     Record::Snapshot {
         volume: VolumeId(volume),
         id: VolumeId(id),
@@ -51,7 +51,7 @@ fn snapshot(volume: u64, id: u64, text: &str) -> Record {
     }
 }
 
-fn clone(snapshot: u64, id: u64, text: &str) -> Record {
+pub(super) fn clone(snapshot: u64, id: u64, text: &str) -> Record {
     Record::Clone {
         snapshot: VolumeId(snapshot),
         id: VolumeId(id),
@@ -60,7 +60,7 @@ fn clone(snapshot: u64, id: u64, text: &str) -> Record {
     }
 }
 
-fn rollback(volume: u64, snapshot: u64, reclaim: u64) -> Record {
+pub(super) fn rollback(volume: u64, snapshot: u64, reclaim: u64) -> Record {
     Record::Rollback {
         volume: VolumeId(volume),
         snapshot: VolumeId(snapshot),
@@ -68,7 +68,7 @@ fn rollback(volume: u64, snapshot: u64, reclaim: u64) -> Record {
     }
 }
 
-fn remove(id: u64) -> Record {
+pub(super) fn remove(id: u64) -> Record {
     Record::Remove { id: VolumeId(id) }
 }
 
@@ -86,7 +86,7 @@ fn resize(id: u64, bytes: u64) -> Record {
     }
 }
 
-fn unmap(volume: u64, lba: u64, count: u64) -> Record {
+pub(super) fn unmap(volume: u64, lba: u64, count: u64) -> Record {
     Record::Unmap {
         volume: VolumeId(volume),
         lba: Lba(lba),
@@ -94,7 +94,7 @@ fn unmap(volume: u64, lba: u64, count: u64) -> Record {
     }
 }
 
-fn map(metadata: &mut Metadata, volume: u64, lba: u64, count: u64) -> Record {
+pub(super) fn map(metadata: &mut Metadata, volume: u64, lba: u64, count: u64) -> Record {
     let extent = metadata.space.reserve(Pba(8000), count).unwrap();
     assert_eq!(extent.count, count);
     Record::Map {
@@ -406,6 +406,7 @@ fn volume(id: u64, text: &str) -> CatalogEntry {
         sector_bytes: 4096,
         redirects_always: false,
         mapped_blocks: 0,
+        kin: crate::format::catalog::Kin::default(),
         created: Timestamp(0),
     }
 }

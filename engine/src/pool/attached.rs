@@ -369,6 +369,10 @@ impl Drop for Attached {
 }
 
 impl AttachedVolume {
+    pub(super) fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
     /// The counters, as of `now_ns`.
     pub(super) fn stats(&self, path: VolumePath, now_ns: u64) -> VolumeStats {
         let counters = &self.counters;

@@ -12,7 +12,7 @@ use super::report::{ByteRange, CheckReport, Unreadable};
 use crate::checkpoint::{Losses, load_readable, read_superblocks};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog::Role;
+use crate::format::catalog::{Own, Role};
 use crate::format::layout::{REGION_BLOCKS, region_count};
 use crate::format::superblock::Superblock;
 use crate::metadata::Metadata;
@@ -270,6 +270,26 @@ impl Findings {
         }
     }
 
+    /// Entries that own alone something else than the catalog says, what they do and what it says: where that can be told.
+    pub(super) fn misjudged(&self) -> Vec<(VolumeId, Own, Own)> {
+        let catalog = &self.metadata.catalog;
+        let is_whole = self.reach.unreadable.is_empty()
+            && self.losses.catalog.is_empty()
+            && self.losses.counts.is_empty()
+            && self.regions.is_empty()
+            && self.reach.miscounted.is_empty();
+        if !is_whole {
+            return Vec::new();
+        }
+        let entries = catalog.entries().into_iter();
+        entries
+            .filter_map(|entry| {
+                let (says, is) = (entry.kin.own?, *self.reach.own.get(&entry.id)?);
+                (says != is && catalog.path(entry.id).is_some()).then_some((entry.id, is, says))
+            })
+            .collect()
+    }
+
     /// The report of it.
     pub(super) fn report(&self) -> CheckReport {
         let mut damage = Vec::new();
@@ -297,6 +317,16 @@ impl Findings {
             damage.push(format!(
                 "{}: maps {mapped} blocks, the catalog says {says}",
                 self.name(*id)
+            ));
+        }
+        for (id, is, says) in self.misjudged() {
+            damage.push(format!(
+                "{}: owns {} blocks and {} map pages alone, the catalog says {} and {}",
+                self.name(id),
+                is.data,
+                is.pages,
+                says.data,
+                says.pages
             ));
         }
         let pages = self.reach.unreadable.iter().take(DAMAGE_LINES_MAX);

@@ -3,12 +3,17 @@
 use super::Pool;
 use super::report::{Entry, EntryKind, PoolStats, PoolStatus, Redirect};
 use crate::device::Device;
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog::{CatalogEntry, Role};
-use crate::units::{BLOCK_BYTES, Lba, VolumeId};
+use crate::error::Result;
+use crate::format::catalog::{Own, Role};
+use crate::metadata::Metadata;
+use crate::units::{BLOCK_BYTES, VolumeId};
+
+/// Entries that are described under one hold of the lock.
+const LIST_BATCH: usize = 512;
 
 impl Pool {
-    /// All volumes and snapshots, by name, snapshots by age after their volume. Counts unique blocks by a walk.
+    /// All volumes and snapshots, by name, snapshots by age after their volume. What somebody owns alone is known, but
+    /// for those around a change that went on since it was counted.
     pub async fn list<D: Device>(&self, device: &D) -> Result<Vec<Entry>> {
         let ids: Vec<VolumeId> = self.ledger.look(|metadata| {
             let catalog = &metadata.catalog;
@@ -16,47 +21,33 @@ impl Pool {
             catalog.volume_ids().flat_map(with_snapshots).collect()
         });
         let mut entries = Vec::with_capacity(ids.len());
-        for id in ids {
-            let unique_blocks = self.unique(device, id).await?;
-            let entry = self.ledger.look(|metadata| {
-                let found = metadata.catalog.get(id)?;
-                let path = metadata.catalog.path(id);
-                let origin = match &found.entry.role {
-                    Role::Volume { origin, .. } => {
-                        origin.and_then(|origin| metadata.catalog.path(origin))
+        for batch in ids.chunks(LIST_BATCH) {
+            let mut unknown: Vec<(usize, VolumeId)> = Vec::new();
+            self.ledger.look(|metadata| {
+                for id in batch {
+                    // Something removed meanwhile is not in the list.
+                    let Some((entry, is_counted)) = describe(metadata, *id) else {
+                        continue;
+                    };
+                    if !is_counted {
+                        unknown.push((entries.len(), *id));
                     }
-                    Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
-                };
-                Ok::<_, Error>(path.map(|path| (path, origin, found.entry.clone())))
+                    entries.push(entry);
+                }
             });
-            // Something removed meanwhile is not in the list.
-            if let Ok(Some((path, origin, entry))) = entry {
-                entries.push(describe(&entry, path, origin, unique_blocks));
+            if unknown.is_empty() {
+                continue;
+            }
+            let ids: Vec<VolumeId> = unknown.iter().map(|(_, id)| *id).collect();
+            let round = self.begin_counting(&ids);
+            for (index, id) in unknown {
+                let own = self.count_own(device, id, round).await?;
+                if let Some(entry) = entries.get_mut(index) {
+                    tell_own(entry, own);
+                }
             }
         }
         Ok(entries)
-    }
-
-    async fn unique<D: Device>(&self, device: &D, id: VolumeId) -> Result<u64> {
-        let mut unique = 0;
-        let mut at = Lba(0);
-        let blocks = self.ledger.look(|metadata| metadata.space.blocks());
-        loop {
-            let (next, found) = self
-                .ledger
-                .view(device, |metadata| match metadata.catalog.get(id) {
-                    Ok(found) => metadata.map.unique(&metadata.space, found.entry.root, at),
-                    Err(_) => Ok((Lba(u64::MAX), 0)),
-                })
-                .await
-                .or_else(unless_damaged)?;
-            unique += found;
-            // A damaged map may name a page as often as it has room; no more is unique than there is.
-            if next.0 == u64::MAX || next <= at || unique > blocks {
-                return Ok(unique.min(blocks));
-            }
-            at = next;
-        }
     }
 
     /// The state.
@@ -115,24 +106,20 @@ impl Pool {
     }
 }
 
-/// A map that cannot be read ends the count there, not the list of all others.
-fn unless_damaged(error: Error) -> Result<(Lba, u64)> {
-    if error.kind() == ErrorKind::Corrupt {
-        Ok((Lba(u64::MAX), 0))
-    } else {
-        Err(error)
-    }
+fn tell_own(entry: &mut Entry, own: Own) {
+    entry.unique_bytes = (own.data + own.pages) * BLOCK_BYTES;
+    entry.shared_bytes = entry.used_bytes.saturating_sub(own.data * BLOCK_BYTES);
 }
 
-fn describe(
-    entry: &CatalogEntry,
-    path: crate::name::VolumePath,
-    origin: Option<crate::name::VolumePath>,
-    unique_blocks: u64,
-) -> Entry {
-    let used = entry.mapped_blocks * BLOCK_BYTES;
-    let unique = unique_blocks * BLOCK_BYTES;
-    Entry {
+/// The entry, and whether what it owns alone is known.
+fn describe(metadata: &Metadata, id: VolumeId) -> Option<(Entry, bool)> {
+    let entry = &metadata.catalog.get(id).ok()?.entry;
+    let path = metadata.catalog.path(id)?;
+    let origin = match &entry.role {
+        Role::Volume { origin, .. } => origin.and_then(|origin| metadata.catalog.path(origin)),
+        Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
+    };
+    let mut described = Entry {
         kind: if path.snapshot.is_some() {
             EntryKind::Snapshot
         } else {
@@ -148,9 +135,11 @@ fn describe(
         } else {
             Redirect::Shared
         },
-        used_bytes: used,
-        unique_bytes: unique,
-        shared_bytes: used.saturating_sub(unique),
+        used_bytes: entry.mapped_blocks * BLOCK_BYTES,
+        unique_bytes: 0,
+        shared_bytes: 0,
         created: entry.created,
-    }
+    };
+    tell_own(&mut described, entry.kin.own.unwrap_or_default());
+    Some((described, entry.kin.own.is_some()))
 }

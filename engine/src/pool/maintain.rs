@@ -1,6 +1,7 @@
 //! What runs in the background: a commit a second, checkpoints, the return of removed volumes' space.
 
 use super::Pool;
+use super::own::Counting;
 use crate::device::Device;
 use crate::error::Result;
 use crate::limits::MAP_PAGES_MAX;
@@ -29,6 +30,9 @@ pub(super) struct Maintenance {
     parked: Mutex<BTreeSet<VolumeId>>,
     /// Reclaim changed something that no checkpoint covers yet.
     has_reclaimed: AtomicBool,
+    /// What is being counted, and the number from which on the next is looked for.
+    pub(super) counting: Mutex<Option<Counting>>,
+    pub(super) count_from: AtomicU64,
 }
 
 impl Maintenance {
@@ -40,6 +44,8 @@ impl Maintenance {
             reclaimed: AtomicU64::new(0),
             parked: Mutex::default(),
             has_reclaimed: AtomicBool::new(false),
+            counting: Mutex::default(),
+            count_from: AtomicU64::new(0),
         }
     }
 
@@ -67,6 +73,9 @@ impl Pool {
             }
         }
         let has_more = self.reclaim(device).await;
+        if !has_more {
+            self.recount(device).await?;
+        }
         let durable = self.checkpoints.progress().0;
         if self
             .ledger

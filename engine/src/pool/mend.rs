@@ -97,6 +97,9 @@ pub(super) async fn mend<D: Device>(
     steps.extend(mend_catalog(&mut findings));
 
     let mut withheld = name_orphans(&mut findings.metadata);
+    if !steps.is_empty() {
+        findings.metadata.catalog.forget_kin();
+    }
     let mut metadata = findings.metadata;
     let unapplied = replay_readable(device, &mut metadata, &unsaved, &withheld).await?;
     steps.extend(unapplied_steps(&metadata, &unapplied, &unsaved));
@@ -244,6 +247,15 @@ fn mend_catalog(findings: &mut Findings) -> Vec<RepairStep> {
         let what = format!("{} bytes cannot be read", unreadable.bytes);
         let action = "cannot be mended; once it is removed, a repair gives its space back";
         steps.push(left(what, findings.name(unreadable.id), action));
+    }
+    for (id, is, says) in findings.misjudged() {
+        let what = format!(
+            "the catalog says that it owns {} blocks alone, it owns {}",
+            says.data + says.pages,
+            is.data + is.pages
+        );
+        steps.push(mended(what, findings.name(id), "count them again"));
+        findings.metadata.catalog.recount(id);
     }
     for (id, mapped) in std::mem::take(&mut findings.reach.miscounted) {
         let place = findings.name(id);

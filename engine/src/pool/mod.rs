@@ -9,6 +9,7 @@ mod list;
 mod maintain;
 mod mend;
 mod open;
+mod own;
 mod reach;
 mod recovery;
 mod repair;

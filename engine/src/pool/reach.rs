@@ -3,7 +3,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::format::catalog::{CatalogEntry, Role};
+use crate::format::catalog::{CatalogEntry, Own, Role};
 use crate::format::layout::REGION_BLOCKS;
 use crate::format::map_page::{Node, span_blocks};
 use crate::format::page::PagePtr;
@@ -35,6 +35,8 @@ pub(super) struct Reach {
     pub(super) miscounted: Vec<(VolumeId, u64)>,
     /// Entries whose map is too small for their size.
     pub(super) too_small: Vec<VolumeId>,
+    /// What each volume and snapshot owns alone, going by the counts.
+    pub(super) own: FxHashMap<VolumeId, Own>,
 }
 
 /// A page to visit: where it stands in its map, and from where on its blocks still count.
@@ -44,6 +46,8 @@ struct Visit {
     level: u8,
     base: Lba,
     cursor: Lba,
+    /// Whether nobody else has a page above it.
+    is_alone: bool,
 }
 
 impl Visit {
@@ -57,6 +61,7 @@ impl Visit {
             level: entry.root.level,
             base: Lba(0),
             cursor,
+            is_alone: true,
         })
     }
 
@@ -76,9 +81,18 @@ impl Visit {
                 level,
                 base,
                 cursor: self.cursor,
+                is_alone: self.is_alone,
             })
         })
     }
+}
+
+/// Whether a block is counted as having one owner. What cannot be read has not.
+async fn is_owned_once<D: Device>(device: &D, metadata: &mut Metadata, pba: Pba) -> bool {
+    let counted = metadata
+        .with_supply(device, |metadata| metadata.space.count(pba))
+        .await;
+    matches!(counted, Ok(1))
 }
 
 async fn page<D: Device>(
@@ -148,7 +162,8 @@ impl Reach {
             self.too_small.push(entry.id);
         }
         let mut visits: Vec<Visit> = Visit::root(entry).into_iter().collect();
-        while let Some(visit) = visits.pop() {
+        let mut own = Own::default();
+        while let Some(mut visit) = visits.pop() {
             let is_known = self.refer(visit.ptr.pba) > 1;
             if is_known && entry.root.ptr != Some(visit.ptr) {
                 continue;
@@ -168,11 +183,15 @@ impl Reach {
                 continue;
             }
             self.pages += 1;
+            visit.is_alone &= is_owned_once(device, metadata, visit.ptr.pba).await;
+            own.pages += u64::from(visit.is_alone);
             if let Node::Leaf(entries) = &*node {
                 for data in entries.iter().filter(|data| data.0 != 0) {
                     if self.refer(*data) == 1 {
                         self.data_blocks += 1;
                     }
+                    let is_own = visit.is_alone && is_owned_once(device, metadata, *data).await;
+                    own.data += u64::from(is_own);
                 }
             }
             for child in visit.children(&node) {
@@ -182,6 +201,7 @@ impl Reach {
             metadata.map.evict(durable, PAGES_KEPT);
             progress(self.pages + self.data_blocks);
         }
+        self.own.insert(entry.id, own);
     }
 
     /// Pages at or above one that cannot be read.

@@ -74,6 +74,20 @@ pub(crate) struct SpaceMap {
     unsettled_order: VecDeque<(Seq, Pba)>,
     /// Counts found too low on the way: damage that a check will name.
     underflows: u64,
+    tally: Tally,
+}
+
+/// What was taken and given up since the pool was opened. The difference between two is what happened between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// Blocks that got their first owner, and blocks that lost their last.
+    pub(crate) taken: u64,
+    pub(crate) freed: u64,
+    /// Of those, map pages.
+    pub(crate) pages_taken: u64,
+    pub(crate) pages_freed: u64,
+    /// Blocks that have one owner left.
+    pub(crate) left_alone: u64,
 }
 
 impl SpaceMap {
@@ -94,6 +108,7 @@ impl SpaceMap {
             unsettled: FxHashMap::default(),
             unsettled_order: VecDeque::new(),
             underflows: 0,
+            tally: Tally::default(),
         };
         space.add_regions(blocks);
         space
@@ -182,6 +197,16 @@ impl SpaceMap {
     pub(crate) fn used_blocks(&self) -> u64 {
         let set_aside = self.set_aside_blocks();
         self.blocks - self.available - set_aside - self.pending_blocks
+    }
+
+    /// What was taken and given up so far.
+    pub(crate) fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// A map page loses its last owner next.
+    pub(crate) fn note_page_freed(&mut self) {
+        self.tally.pages_freed += 1;
     }
 
     /// How often a count was found too low.
@@ -287,6 +312,7 @@ impl SpaceMap {
         match self.region_mut(region).subtract(offset) {
             None => self.underflows += 1,
             Some(0) => {
+                self.tally.freed += 1;
                 self.pending_blocks += 1;
                 match self.pending.last_mut() {
                     Some(last) if last.end() == pba => last.count += 1,
@@ -294,6 +320,7 @@ impl SpaceMap {
                 }
             }
             Some(1) => {
+                self.tally.left_alone += 1;
                 if let Some(seq) = seq {
                     self.unsettled.insert(pba, seq);
                     self.unsettled_order.push_back((seq, pba));

@@ -98,12 +98,15 @@ impl SpaceMap {
         if extent.count == 0 {
             self.metadata.pop_front();
         }
+        self.tally.taken += 1;
+        self.tally.pages_taken += 1;
         self.retain(pba);
         pba
     }
 
     /// Gives the reserved blocks their first owner.
     pub(crate) fn publish(&mut self, pba: Pba) {
+        self.tally.taken += 1;
         self.retain(pba);
     }
 
