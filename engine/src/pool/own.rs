@@ -64,9 +64,9 @@ impl Pool {
         own.data += found.data;
         own.pages += found.pages;
         // A damaged map may name a page as often as it has room; nobody owns more than there is.
-        if own.data.max(own.pages) > blocks {
+        if own.data + own.pages > blocks {
             own.data = own.data.min(blocks);
-            own.pages = own.pages.min(blocks);
+            own.pages = own.pages.min(blocks - own.data);
             return Ok(true);
         }
         if next.0 != u64::MAX && next > at {
