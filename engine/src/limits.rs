@@ -10,11 +10,11 @@ pub const POOL_BLOCKS_MIN: u64 = 16 * 1024 * 1024 / BLOCK_BYTES;
 pub const POOL_BLOCKS_MAX: u64 = 1 << 41;
 /// The largest volume, in bytes (1 PiB).
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
-/// The most volumes and snapshots of one pool, those being deleted included.
+/// The most volumes, snapshots and holds of one pool, those being deleted included.
 pub const VOLUMES_MAX: usize = 1 << 22;
 /// The most blocks that one journal record maps or unmaps.
 pub const RECORD_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
-/// The most targets that one `snapshot` command names; their record must fit one journal block.
+/// The most targets that one `snapshot` or `hold` command names; a checkpoint keeps room for so many new entries.
 pub const SNAPSHOT_GROUP_MAX: usize = 256;
 /// Bytes of redo records that may wait in memory for a commit before writers wait.
 pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;

@@ -316,3 +316,68 @@ fn what_is_attached_while_it_is_rolled_back_has_the_size_of_then() {
         assert_eq!(attached.bytes(), 2048 * 4096, "after {turns} turns");
     }
 }
+
+/// What each entry of the list is held by.
+fn held(device: &SimDevice, pool: &blockfork::pool::Pool) -> Vec<String> {
+    let entries = block_on(pool.list(device)).unwrap();
+    let held = |entry: &blockfork::pool::Entry| {
+        let tags: Vec<&str> = entry.holds.iter().map(|tag| tag.as_str()).collect();
+        format!("{} {}", entry.path, tags.join(","))
+    };
+    entries.iter().map(held).collect()
+}
+
+#[test]
+fn a_hold_is_durable_when_it_is_answered_and_whole_whenever_the_power_goes() {
+    let tag = "x".parse().unwrap();
+    let both = [path("a@s"), path("a@t")];
+    // Whether the hold or its release is interrupted, after how many steps, and what of the unflushed is lost.
+    for (is_release, delay, seed) in (0..2 * 30 * 4).map(|n| (n % 2 == 0, n / 2 % 30, n / 60)) {
+        let (device, pool) = pool(4096);
+        drop(volume(&device, &pool, "a", 8));
+        block_on(pool.snapshot(&device, &both)).unwrap();
+        if is_release {
+            block_on(pool.hold(&device, &tag, &both)).unwrap();
+        }
+        let is_answered = block_on(async {
+            let change = async {
+                if is_release {
+                    pool.release(&device, &tag, &both).await
+                } else {
+                    pool.hold(&device, &tag, &both).await
+                }
+            };
+            let mut change = std::pin::pin!(change);
+            for _ in 0..delay {
+                if let Some(answer) = poll_once(change.as_mut()).await {
+                    answer.unwrap();
+                    return true;
+                }
+            }
+            false
+        });
+        drop(pool);
+        let loss = if seed == 0 { Loss::All } else { Loss::Some };
+        device.restart(loss, &mut Rng::with_seed(seed));
+        let pool = open(&device).unwrap();
+        let (with, without) = (["a ", "a@s x", "a@t x"], ["a ", "a@s ", "a@t "]);
+        let (before, after) = if is_release {
+            (with, without)
+        } else {
+            (without, with)
+        };
+        let found = held(&device, &pool);
+        assert!(
+            found == after || (!is_answered && found == before),
+            "release {is_release}, delay {delay}, seed {seed}: {found:?}"
+        );
+        let removed = block_on(pool.remove(&device, &both[..1], false, false));
+        if found == with {
+            assert_eq!(removed.unwrap_err().kind(), ErrorKind::Busy);
+        } else {
+            removed.unwrap();
+        }
+        let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+        assert_eq!((report.damage, report.leaked_blocks), (Vec::new(), 0));
+    }
+}

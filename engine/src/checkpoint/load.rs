@@ -14,6 +14,7 @@ use crate::journal::read_page;
 use crate::map::MapStore;
 use crate::metadata::{Catalog, Metadata};
 use crate::space::SpaceMap;
+use crate::units::VolumeId;
 use std::ops::Range;
 
 /// What of a checkpoint cannot be read.
@@ -23,6 +24,8 @@ pub(crate) struct Losses {
     pub(crate) counts: Vec<(Range<u64>, Error)>,
     /// Pages of the catalog: the slots that they held, and why.
     pub(crate) catalog: Vec<(Range<usize>, Error)>,
+    /// Holds on what is no snapshot, by number, and why. None where what they are on may be lost with the catalog.
+    pub(crate) holds: Vec<(VolumeId, Error)>,
 }
 
 impl Losses {
@@ -31,6 +34,7 @@ impl Losses {
         let counts = self.counts.into_iter().map(|(_, error)| error);
         counts
             .chain(self.catalog.into_iter().map(|(_, error)| error))
+            .chain(self.holds.into_iter().map(|(_, error)| error))
             .next()
     }
 }
@@ -176,5 +180,8 @@ async fn load_catalog<D: Device>(
         }
     }
     metadata.catalog_places = places;
+    if losses.catalog.is_empty() {
+        losses.holds = metadata.catalog.stray_holds();
+    }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The catalog: one slot of 256 bytes for each volume, each snapshot and each tree that is being reclaimed.
+//! The catalog: one slot of 256 bytes for each volume, each snapshot, each tree that is being reclaimed and each hold.
 
 use super::bytes::{Reader, Writer};
 use super::layout::Bounds;
@@ -47,6 +47,8 @@ pub(crate) enum Role {
     Snapshot { name: Name, volume: VolumeId },
     /// A removed tree; everything below `cursor` is returned already.
     Reclaiming { cursor: Lba },
+    /// What keeps a snapshot from being removed, under a name of its own. It has no map.
+    Hold { snapshot: VolumeId, tag: Name },
 }
 
 /// Blocks that one volume or snapshot owns alone: nothing else has them, nor a page above them.
@@ -130,6 +132,7 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
             Role::Volume { name, origin } => (1, name.as_str(), origin.map_or(0, |id| id.0)),
             Role::Snapshot { name, volume } => (2, name.as_str(), volume.0),
             Role::Reclaiming { cursor } => (3, "", cursor.0),
+            Role::Hold { snapshot, tag } => (4, tag.as_str(), snapshot.0),
         };
         let (pba, generation) = entry
             .root
@@ -171,7 +174,8 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
     let redirects_always = slot.u8()? != 0;
     let name_len = usize::from(slot.u8()?);
     let sector_bytes = slot.u32()?;
-    if sector_bytes != 512 && sector_bytes != 4096 {
+    let is_hold = code == 4;
+    if !is_hold && sector_bytes != 512 && sector_bytes != 4096 {
         return Err(damaged("a sector size that is neither 512 nor 4096"));
     }
     let id = VolumeId(slot.u64()?);
@@ -184,12 +188,16 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
         return Err(damaged("a map that begins where none can"));
     }
     let bytes = slot.u64()?;
-    if bytes == 0 || bytes > VOLUME_BYTES_MAX {
+    if (bytes == 0 && !is_hold) || bytes > VOLUME_BYTES_MAX {
         return Err(damaged("a size that volumes cannot have"));
     }
     let mapped_blocks = slot.u64()?;
     if mapped_blocks > span_blocks(level) {
         return Err(damaged("more blocks than its map spans"));
+    }
+    let has_map = level > 0 || pba.0 != 0 || generation.0 != 0 || mapped_blocks != 0;
+    if is_hold && (has_map || redirects_always || sector_bytes != 0 || bytes != 0) {
+        return Err(damaged("a hold with a map"));
     }
     let created = Timestamp(slot.u64()?);
     let kin = Kin::decode(&mut kin, bounds)?;
@@ -209,6 +217,10 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
             volume: VolumeId(other),
         },
         3 => Role::Reclaiming { cursor: Lba(other) },
+        4 => Role::Hold {
+            snapshot: VolumeId(other),
+            tag: name()?,
+        },
         _ => return Err(damaged("a slot of an unknown kind")),
     };
     Ok(Some(CatalogEntry {
@@ -289,4 +301,83 @@ pub(crate) fn decode_index(
         children.push((pba.0 != 0).then_some(PagePtr { pba, generation }));
     }
     Ok(children)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::page::PageKind;
+    use crate::units::PoolId;
+
+    const PLACE: PageIdentity = PageIdentity {
+        pool: PoolId([1; 16]),
+        kind: PageKind::Catalog,
+        level: 0,
+        ptr: PagePtr {
+            pba: Pba(4711),
+            generation: Generation(9),
+        },
+    };
+
+    fn bounds() -> Bounds {
+        Bounds {
+            blocks: 1 << 20,
+            journal: super::super::layout::journal(1 << 20),
+        }
+    }
+
+    fn hold() -> CatalogEntry {
+        CatalogEntry {
+            id: VolumeId(8),
+            role: Role::Hold {
+                snapshot: VolumeId(7),
+                tag: "backup".parse().unwrap(),
+            },
+            root: Root::default(),
+            bytes: 0,
+            sector_bytes: 0,
+            redirects_always: false,
+            mapped_blocks: 0,
+            created: Timestamp(5),
+            kin: Kin::default(),
+        }
+    }
+
+    fn decoded(page: &PageBytes) -> Result<Vec<Option<CatalogEntry>>> {
+        decode_page(page, PLACE, bounds())
+    }
+
+    #[test]
+    fn a_hold_survives_its_page() {
+        let page = encode_page([None, Some(&hold())].into_iter(), PLACE);
+        let slots = decoded(&page).unwrap();
+        assert_eq!((slots[0].clone(), slots[1].clone()), (None, Some(hold())));
+        let at = 64 + 256;
+        assert_eq!((page[at], page[at + 3]), (4, 6));
+        assert_eq!(page[at + 16..at + 24], 7_u64.to_le_bytes());
+        assert_eq!(&page[at + 64..at + 70], b"backup");
+    }
+
+    #[test]
+    fn a_hold_that_has_something_of_a_volume_is_refused() {
+        // Level, redirected always, sector, pba, generation, size, blocks mapped; no name; a name that cannot be.
+        for (at, byte) in [
+            (1, 1),
+            (2, 1),
+            (4, 0),
+            (26, 1),
+            (32, 1),
+            (41, 16),
+            (48, 1),
+            (3, 0),
+            (64, b'/'),
+        ] {
+            let mut page = encode_page([Some(&hold())].into_iter(), PLACE);
+            page[64 + at] = byte;
+            // A sector as volumes have it.
+            page[64 + 5] = u8::from(at == 4) * 16;
+            seal(&mut page, PLACE);
+            assert!(decoded(&page).is_err(), "offset {at}");
+        }
+    }
 }

@@ -230,8 +230,18 @@ mod tests {
                 reclaim: c,
             },
             Record::Remove { id: a },
-            Record::Rename { id: a, name },
+            Record::Rename {
+                id: a,
+                name: name.clone(),
+            },
             Record::Resize { id: a, bytes: 8192 },
+            Record::Hold {
+                snapshot: b,
+                id: c,
+                created,
+                tag: name,
+            },
+            Record::Release { id: c },
         ]
     }
 
@@ -348,6 +358,7 @@ mod tests {
                     | Record::Snapshot { .. }
                     | Record::Clone { .. }
                     | Record::Rename { .. }
+                    | Record::Hold { .. }
             ) {
                 bytes.len() - crate::limits::NAME_BYTES_MAX + 1
             } else {

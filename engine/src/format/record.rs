@@ -67,6 +67,15 @@ pub(crate) enum Record {
     Grow { blocks: u64 },
     /// A volume gets another size; blocks beyond a smaller one are unmapped already.
     Resize { id: VolumeId, bytes: u64 },
+    /// A hold on `snapshot`.
+    Hold {
+        snapshot: VolumeId,
+        id: VolumeId,
+        created: Timestamp,
+        tag: Name,
+    },
+    /// A hold goes.
+    Release { id: VolumeId },
 }
 
 fn is_id(id: VolumeId) -> bool {
@@ -85,7 +94,27 @@ impl Record {
             | Self::Rollback { .. }
             | Self::Remove { .. }
             | Self::Rename { .. }
-            | Self::Resize { .. } => false,
+            | Self::Resize { .. }
+            | Self::Hold { .. }
+            | Self::Release { .. } => false,
+        }
+    }
+
+    /// Its first byte.
+    fn kind(&self) -> u8 {
+        match self {
+            Self::Map { .. } => 1,
+            Self::Unmap { .. } => 2,
+            Self::Create { .. } => 3,
+            Self::Snapshot { .. } => 4,
+            Self::Clone { .. } => 5,
+            Self::Rollback { .. } => 6,
+            Self::Remove { .. } => 7,
+            Self::Rename { .. } => 8,
+            Self::Resize { .. } => 9,
+            Self::Grow { .. } => 10,
+            Self::Hold { .. } => 11,
+            Self::Release { .. } => 12,
         }
     }
 
@@ -94,6 +123,7 @@ impl Record {
         let mut bytes = [0; RECORD_BYTES_MAX];
         let mut writer = Writer::new(&mut bytes);
         let mut trailer: &str = "";
+        writer.u8(self.kind());
         let fixed = match self {
             Self::Map {
                 volume,
@@ -101,7 +131,6 @@ impl Record {
                 pba,
                 count,
             } => {
-                writer.u8(1);
                 writer.u64(volume.0);
                 writer.u48(lba.0);
                 writer.u48(pba.0);
@@ -109,7 +138,6 @@ impl Record {
                 27
             }
             Self::Unmap { volume, lba, count } => {
-                writer.u8(2);
                 writer.u64(volume.0);
                 writer.u48(lba.0);
                 writer.u48(*count);
@@ -123,7 +151,6 @@ impl Record {
                 redirects_always,
                 created,
             } => {
-                writer.u8(3);
                 writer.u64(id.0);
                 writer.u64(*bytes);
                 writer.u32(*sector_bytes);
@@ -143,12 +170,13 @@ impl Record {
                 id,
                 name,
                 created,
+            }
+            | Self::Hold {
+                snapshot: from,
+                id,
+                created,
+                tag: name,
             } => {
-                writer.u8(if matches!(self, Self::Snapshot { .. }) {
-                    4
-                } else {
-                    5
-                });
                 writer.u64(from.0);
                 writer.u64(id.0);
                 writer.u64(created.0);
@@ -160,31 +188,26 @@ impl Record {
                 snapshot,
                 reclaim,
             } => {
-                writer.u8(6);
                 writer.u64(volume.0);
                 writer.u64(snapshot.0);
                 writer.u64(reclaim.0);
                 25
             }
-            Self::Remove { id } => {
-                writer.u8(7);
+            Self::Remove { id } | Self::Release { id } => {
                 writer.u64(id.0);
                 9
             }
             Self::Rename { id, name } => {
-                writer.u8(8);
                 writer.u64(id.0);
                 trailer = name.as_str();
                 9
             }
             Self::Resize { id, bytes } => {
-                writer.u8(9);
                 writer.u64(id.0);
                 writer.u64(*bytes);
                 17
             }
             Self::Grow { blocks } => {
-                writer.u8(10);
                 writer.u64(*blocks);
                 9
             }
@@ -200,7 +223,8 @@ impl Record {
             Self::Map { volume: id, .. }
             | Self::Unmap { volume: id, .. }
             | Self::Remove { id }
-            | Self::Rename { id, .. } => is_id(*id),
+            | Self::Rename { id, .. }
+            | Self::Release { id } => is_id(*id),
             Self::Create {
                 id,
                 bytes,
@@ -211,6 +235,9 @@ impl Record {
                 volume: from, id, ..
             }
             | Self::Clone {
+                snapshot: from, id, ..
+            }
+            | Self::Hold {
                 snapshot: from, id, ..
             } => is_id(*from) && is_id(*id),
             Self::Rollback {
@@ -309,6 +336,15 @@ impl Record {
             },
             10 => Self::Grow {
                 blocks: reader.u64()?,
+            },
+            11 => Self::Hold {
+                snapshot: VolumeId(reader.u64()?),
+                id: VolumeId(reader.u64()?),
+                created: Timestamp(reader.u64()?),
+                tag: name(&mut reader)?,
+            },
+            12 => Self::Release {
+                id: VolumeId(reader.u64()?),
             },
             _ => return Err(damaged("an unknown kind")),
         };

@@ -1,5 +1,5 @@
-//! The volumes, snapshots and removed trees of a pool, in memory; which catalog page each stands in, and which of
-//! those pages changed.
+//! The volumes, snapshots, removed trees and holds of a pool, in memory; which catalog page each stands in, and which
+//! of those pages changed.
 
 use super::kin::{Counting, KinTree};
 use crate::error::{Error, ErrorKind, Result};
@@ -10,7 +10,7 @@ use crate::units::{Pba, Seq, VolumeId};
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A volume, a snapshot or a removed tree.
+/// A volume, a snapshot, a removed tree or a hold.
 #[derive(Clone, Debug)]
 pub(crate) struct Volume {
     pub(crate) entry: CatalogEntry,
@@ -22,7 +22,7 @@ pub(crate) struct Volume {
     pub(super) counting: Counting,
 }
 
-/// All volumes, snapshots and removed trees.
+/// All volumes, snapshots, removed trees and holds.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     /// The pool's name, for messages.
@@ -32,6 +32,8 @@ pub(crate) struct Catalog {
     /// By volume, then by name.
     snapshots: BTreeMap<(VolumeId, Name), VolumeId>,
     reclaiming: BTreeSet<VolumeId>,
+    /// By snapshot, then by tag.
+    holds: BTreeMap<(VolumeId, Name), VolumeId>,
     slots: Vec<Option<VolumeId>>,
     free_slots: BTreeSet<usize>,
     dirty_pages: BTreeSet<usize>,
@@ -47,6 +49,7 @@ impl Catalog {
             by_name: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             reclaiming: BTreeSet::new(),
+            holds: BTreeMap::new(),
             slots: Vec::new(),
             free_slots: BTreeSet::new(),
             dirty_pages: BTreeSet::new(),
@@ -55,7 +58,7 @@ impl Catalog {
         }
     }
 
-    /// The number for the next volume or snapshot.
+    /// The number for the next volume, snapshot or hold.
     pub(crate) fn next_id(&self) -> VolumeId {
         VolumeId(self.next_id)
     }
@@ -103,7 +106,7 @@ impl Catalog {
         self.get(*id)
     }
 
-    /// What names a volume or snapshot; none for a removed tree.
+    /// What names a volume or snapshot; none for a removed tree or a hold.
     pub(crate) fn path(&self, id: VolumeId) -> Option<VolumePath> {
         match &self.volumes.get(&id)?.entry.role {
             Role::Volume { name, .. } => Some(VolumePath {
@@ -115,9 +118,9 @@ impl Catalog {
                     volume: of.clone(),
                     snapshot: Some(name.clone()),
                 }),
-                Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
+                Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => None,
             },
-            Role::Reclaiming { .. } => None,
+            Role::Reclaiming { .. } | Role::Hold { .. } => None,
         }
     }
 
@@ -136,6 +139,35 @@ impl Catalog {
             .collect();
         ids.sort_unstable();
         ids
+    }
+
+    /// A snapshot's holds, by tag.
+    pub(crate) fn holds(&self, snapshot: VolumeId) -> impl Iterator<Item = (&Name, VolumeId)> {
+        self.holds
+            .range((snapshot, Name::first())..)
+            .take_while(move |((of, _), _)| *of == snapshot)
+            .map(|((_, tag), id)| (tag, *id))
+    }
+
+    /// The hold on a snapshot that has this tag.
+    pub(crate) fn hold(&self, snapshot: VolumeId, tag: &Name) -> Option<VolumeId> {
+        self.holds.get(&(snapshot, tag.clone())).copied()
+    }
+
+    /// Holds on what is no snapshot, and why each is one.
+    pub(crate) fn stray_holds(&self) -> Vec<(VolumeId, Error)> {
+        let strays = self.holds.iter().filter(|((snapshot, _), _)| {
+            let found = self.volumes.get(snapshot).map(|found| &found.entry.role);
+            !matches!(found, Some(Role::Snapshot { .. }))
+        });
+        let told = |((snapshot, tag), id): (&(VolumeId, Name), &VolumeId)| {
+            let fact = format!(
+                "hold {tag}: is on number {}, which is no snapshot",
+                snapshot.0
+            );
+            (*id, Error::corrupt(fact))
+        };
+        strays.map(told).collect()
     }
 
     /// Removed trees whose space is not all returned.
@@ -163,6 +195,18 @@ impl Catalog {
                 taken.then(|| format!("{owner}@{name}"))
             }
             Role::Reclaiming { .. } => None,
+            Role::Hold { snapshot, tag } => {
+                if self.hold(*snapshot, tag).is_none() {
+                    return Ok(());
+                }
+                let held = self
+                    .path(*snapshot)
+                    .map_or_else(String::new, |path| path.to_string());
+                return Err(Error::with(
+                    ErrorKind::AlreadyExists,
+                    format!("{}/{held}: has a hold {tag} already", self.pool),
+                ));
+            }
         };
         match taken {
             Some(name) => Err(Error::with(
@@ -177,7 +221,7 @@ impl Catalog {
     pub(crate) fn check_room(&self) -> Result<()> {
         if self.volumes.len() + SNAPSHOT_GROUP_MAX >= VOLUMES_MAX {
             let message = format!(
-                "the pool has {VOLUMES_MAX} volumes and snapshots, which is the most; remove some"
+                "the pool has {VOLUMES_MAX} volumes, snapshots and holds, which is the most; remove some"
             );
             return Err(Error::with(ErrorKind::Invalid, message));
         }
@@ -229,6 +273,9 @@ impl Catalog {
             Role::Reclaiming { .. } => {
                 self.reclaiming.insert(id);
             }
+            Role::Hold { snapshot, tag } => {
+                self.holds.insert((*snapshot, tag.clone()), id);
+            }
         }
         let volume = Volume {
             entry,
@@ -254,6 +301,9 @@ impl Catalog {
             Some(Role::Reclaiming { .. }) => {
                 self.reclaiming.remove(&id);
             }
+            Some(Role::Hold { snapshot, tag }) => {
+                self.holds.remove(&(*snapshot, tag.clone()));
+            }
             None => {}
         }
     }
@@ -269,7 +319,7 @@ impl Catalog {
         }
     }
 
-    /// Removes an entry whose space is all returned.
+    /// Removes an entry that has no space, or none left to return.
     pub(crate) fn remove(&mut self, id: VolumeId) {
         self.unname(id);
         if let Some(volume) = self.volumes.remove(&id) {

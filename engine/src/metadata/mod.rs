@@ -115,11 +115,7 @@ impl Metadata {
                 let root = self.snapshot(*snapshot)?.root;
                 self.prepare_fork(root)?;
             }
-            Record::Remove { id } => {
-                if let Role::Reclaiming { .. } = self.catalog.get(*id)?.entry.role {
-                    return Err(Error::corrupt("a removed volume is removed again").into());
-                }
-            }
+            Record::Remove { id } => self.removable(*id)?,
             Record::Rename { id, name } => {
                 let role = self.renamed(*id, name)?;
                 self.catalog.check_name(&role)?;
@@ -132,8 +128,37 @@ impl Metadata {
                     self.map.prepare_raise(root, level, &mut self.space)?;
                 }
             }
+            Record::Hold {
+                snapshot, id, tag, ..
+            } => {
+                self.snapshot(*snapshot)?;
+                let role = Role::Hold {
+                    snapshot: *snapshot,
+                    tag: tag.clone(),
+                };
+                self.check_new(*id, &role)?;
+            }
+            Record::Release { id } => match self.catalog.get(*id)?.entry.role {
+                Role::Hold { .. } => {}
+                Role::Volume { .. } | Role::Snapshot { .. } | Role::Reclaiming { .. } => {
+                    return Err(Error::corrupt("what is no hold is released").into());
+                }
+            },
         }
         Ok(Prepared::Whole)
+    }
+
+    /// Whoever removes something has looked for its holds, so one that is there now is damage.
+    fn removable(&self, id: VolumeId) -> Result<()> {
+        let fact = match self.catalog.get(id)?.entry.role {
+            Role::Reclaiming { .. } => "a removed volume is removed again",
+            Role::Hold { .. } => "a hold is removed as a volume is",
+            Role::Snapshot { .. } if self.catalog.holds(id).next().is_some() => {
+                "a snapshot is removed that is held"
+            }
+            Role::Volume { .. } | Role::Snapshot { .. } => return Ok(()),
+        };
+        Err(Error::corrupt(fact))
     }
 
     /// Where an entry is added, the next checkpoint has room for its page.
@@ -148,7 +173,9 @@ impl Metadata {
         let entry = &self.catalog.get(id)?.entry;
         match entry.role {
             Role::Volume { .. } => Ok(entry),
-            Role::Snapshot { .. } | Role::Reclaiming { .. } => Err(Error::new(ErrorKind::ReadOnly)),
+            Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => {
+                Err(Error::new(ErrorKind::ReadOnly))
+            }
         }
     }
 
@@ -156,7 +183,7 @@ impl Metadata {
         let entry = &self.catalog.get(id)?.entry;
         match entry.role {
             Role::Snapshot { .. } => Ok(entry),
-            Role::Volume { .. } | Role::Reclaiming { .. } => Err(Error::with(
+            Role::Volume { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => Err(Error::with(
                 ErrorKind::Invalid,
                 format!("number {} is not a snapshot", id.0),
             )),
@@ -174,6 +201,7 @@ impl Metadata {
                 volume: *volume,
             },
             Role::Reclaiming { .. } => return Err(Error::corrupt("a removed volume is renamed")),
+            Role::Hold { .. } => return Err(Error::corrupt("a hold is renamed")),
         })
     }
 
@@ -284,8 +312,37 @@ impl Metadata {
                 self.map.raise(&mut entry.root, level, &mut self.space);
                 self.note_change(*id, before);
             }
+            Record::Hold { .. } | Record::Release { .. } => self.apply_to_holds(record, seq),
         }
         Ok(())
+    }
+
+    fn apply_to_holds(&mut self, record: &Record, seq: Seq) {
+        if let Record::Release { id } = record {
+            self.catalog.remove(*id);
+        } else if let Record::Hold {
+            snapshot,
+            id,
+            created,
+            tag,
+        } = record
+        {
+            let entry = CatalogEntry {
+                id: *id,
+                role: Role::Hold {
+                    snapshot: *snapshot,
+                    tag: tag.clone(),
+                },
+                root: Root::default(),
+                bytes: 0,
+                sector_bytes: 0,
+                redirects_always: false,
+                mapped_blocks: 0,
+                created: *created,
+                kin: Kin::default(),
+            };
+            self.catalog.insert(entry, seq);
+        }
     }
 
     fn roll_back(

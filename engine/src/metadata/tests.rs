@@ -79,6 +79,19 @@ fn rename(id: u64, text: &str) -> Record {
     }
 }
 
+fn hold(snapshot: u64, id: u64, tag: &str) -> Record {
+    Record::Hold {
+        snapshot: VolumeId(snapshot),
+        id: VolumeId(id),
+        created: Timestamp(id),
+        tag: name(tag),
+    }
+}
+
+fn release(id: u64) -> Record {
+    Record::Release { id: VolumeId(id) }
+}
+
 fn resize(id: u64, bytes: u64) -> Record {
     Record::Resize {
         id: VolumeId(id),
@@ -229,7 +242,9 @@ fn what_a_record_does_stands_in_the_catalog() {
     assert_eq!(metadata.space.count(a.root.ptr.unwrap().pba).unwrap(), 3);
     let origin = |metadata: &Metadata, id| match metadata.entry(id).role {
         Role::Volume { origin, .. } => origin,
-        Role::Snapshot { .. } | Role::Reclaiming { .. } => panic!("{id} is no volume"),
+        Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => {
+            panic!("{id} is no volume")
+        }
     };
     assert_eq!(
         (origin(&metadata, 1), origin(&metadata, 3)),
@@ -500,4 +515,119 @@ fn a_loaded_catalog_has_each_number_and_each_name_once() {
     let volumes: Vec<u64> = catalog.volume_ids().map(|id| id.0).collect();
     assert_eq!(volumes, [9, 10]);
     assert!(catalog.check_room().is_ok());
+}
+
+#[test]
+fn a_held_snapshot_is_not_removed_and_all_else_goes_on() {
+    let mut metadata = populated();
+    let (corrupt, missing) = (ErrorKind::Corrupt, ErrorKind::NotFound);
+    let used = metadata.space.used_blocks();
+    metadata.does(&hold(2, 5, "backup"));
+    metadata.does(&hold(2, 6, "audit"));
+    assert_eq!(metadata.space.used_blocks(), used, "a hold has no map");
+    let tags = |metadata: &Metadata, id| -> Vec<String> {
+        let holds = metadata.catalog.holds(VolumeId(id));
+        holds.map(|(tag, id)| format!("{tag} {}", id.0)).collect()
+    };
+    assert_eq!(tags(&metadata, 2), ["audit 6", "backup 5"]);
+    metadata.refuses(&remove(2), corrupt);
+    // A tag is one hold's on a snapshot, and any other snapshot's too.
+    metadata.refuses(&hold(2, 7, "backup"), ErrorKind::AlreadyExists);
+    metadata.does(&snapshot(1, 7, "t"));
+    metadata.does(&hold(7, 8, "backup"));
+    metadata.does(&clone(2, 9, "c"));
+    metadata.does(&rollback(1, 2, 10));
+    metadata.does(&rename(2, "u"));
+    metadata.does(&rename(1, "z"));
+    assert_eq!(metadata.path(2).unwrap(), "z@u");
+    assert_eq!(tags(&metadata, 2), ["audit 6", "backup 5"]);
+
+    metadata.does(&release(5));
+    metadata.refuses(&remove(2), corrupt);
+    metadata.does(&release(6));
+    assert_eq!(tags(&metadata, 2), [""; 0]);
+    assert_eq!(tags(&metadata, 7), ["backup 8"]);
+    metadata.does(&remove(2));
+    metadata.refuses(&release(5), missing);
+    metadata.refuses(&hold(2, 11, "late"), ErrorKind::Invalid);
+    metadata.does(&hold(7, 11, "late"));
+}
+
+#[test]
+fn a_hold_is_on_a_snapshot_and_is_nothing_else() {
+    let mut metadata = populated();
+    metadata.does(&hold(2, 5, "backup"));
+    for (on, kind) in [
+        (1, ErrorKind::Invalid),
+        (4, ErrorKind::Invalid),
+        (5, ErrorKind::Invalid),
+        (9, ErrorKind::NotFound),
+    ] {
+        metadata.refuses(&hold(on, 6, "x"), kind);
+    }
+    metadata.refuses(&hold(2, 3, "x"), ErrorKind::Corrupt);
+    for record in [
+        remove(5),
+        rename(5, "x"),
+        release(1),
+        release(2),
+        release(4),
+    ] {
+        metadata.refuses(&record, ErrorKind::Corrupt);
+    }
+    for record in [clone(5, 6, "x"), rollback(1, 5, 6)] {
+        metadata.refuses(&record, ErrorKind::Invalid);
+    }
+    for record in [unmap(5, 0, 1), snapshot(5, 6, "x"), resize(5, MIB)] {
+        metadata.refuses(&record, ErrorKind::ReadOnly);
+    }
+    assert!(metadata.reclaim(VolumeId(5), Seq(5)).is_err());
+    assert_eq!(metadata.path(5), None);
+    assert!(metadata.catalog.stray_holds().is_empty());
+}
+
+#[test]
+fn a_loaded_hold_may_stand_before_its_snapshot_and_is_stray_without_one() {
+    let held = |id, on, tag: &str| CatalogEntry {
+        id: VolumeId(id),
+        role: Role::Hold {
+            snapshot: VolumeId(on),
+            tag: name(tag),
+        },
+        bytes: 0,
+        sector_bytes: 0,
+        ..volume(id, tag)
+    };
+    let snapshot = CatalogEntry {
+        role: Role::Snapshot {
+            name: name("s"),
+            volume: VolumeId(1),
+        },
+        ..volume(2, "s")
+    };
+    let mut catalog = Catalog::new(name("p"), 10);
+    catalog.insert_loaded(Some(held(5, 2, "a"))).unwrap();
+    catalog.insert_loaded(Some(volume(1, "v"))).unwrap();
+    let strays = |catalog: &Catalog| -> Vec<u64> {
+        let strays = catalog.stray_holds();
+        strays.into_iter().map(|(id, _)| id.0).collect()
+    };
+    assert_eq!(strays(&catalog), [5]);
+    catalog.insert_loaded(Some(snapshot)).unwrap();
+    assert!(strays(&catalog).is_empty());
+    // On a volume, on a hold, on nothing, and one twice.
+    for (id, on) in [(6, 1), (7, 5), (8, 4711)] {
+        catalog.insert_loaded(Some(held(id, on, "a"))).unwrap();
+    }
+    assert!(catalog.insert_loaded(Some(held(9, 2, "a"))).is_err());
+    assert_eq!(strays(&catalog), [6, 7, 8]);
+    let (_, error) = catalog.stray_holds().remove(0);
+    assert_eq!(
+        (error.kind(), error.to_string().as_str()),
+        (
+            ErrorKind::Corrupt,
+            "hold a: is on number 1, which is no snapshot"
+        )
+    );
+    assert_eq!((catalog.volume_count(), catalog.snapshot_count()), (1, 1));
 }

@@ -299,6 +299,8 @@ impl Findings {
                 slots.len()
             ));
         }
+        let strays = self.losses.holds.iter().take(DAMAGE_LINES_MAX);
+        damage.extend(strays.map(|(_, error)| error.to_string()));
         for (regions, error) in &self.losses.counts {
             damage.push(format!(
                 "{error}; counts of {} regions",

@@ -1,11 +1,12 @@
 //! Looking: the list of volumes, the pool's state, its counters.
 
 use super::Pool;
-use super::report::{Entry, EntryKind, PoolStats, PoolStatus, Redirect};
+use super::report::{Entry, EntryKind, OutlineEntry, PoolStats, PoolStatus, Redirect};
 use crate::device::Device;
 use crate::error::Result;
 use crate::format::catalog::{Own, Role};
-use crate::metadata::Metadata;
+use crate::metadata::{Catalog, Metadata};
+use crate::name::{Name, VolumePath};
 use crate::units::{BLOCK_BYTES, VolumeId};
 
 /// Entries that are described under one hold of the lock.
@@ -48,6 +49,30 @@ impl Pool {
             }
         }
         Ok(entries)
+    }
+
+    /// The same in the same order, as far as the catalog alone knows it: no map is read.
+    pub fn outline(&self) -> Vec<OutlineEntry> {
+        self.ledger.look(|metadata| {
+            let catalog = &metadata.catalog;
+            let with_snapshots = |id| std::iter::once(id).chain(catalog.snapshot_ids(id));
+            let ids = catalog.volume_ids().flat_map(with_snapshots);
+            ids.filter_map(|id| outline_entry(catalog, id)).collect()
+        })
+    }
+
+    /// The snapshots of a volume, oldest first, as [`Pool::outline`] has them.
+    pub fn snapshots_of(&self, volume: &Name) -> Result<Vec<OutlineEntry>> {
+        let path = VolumePath {
+            volume: volume.clone(),
+            snapshot: None,
+        };
+        self.ledger.look(|metadata| {
+            let catalog = &metadata.catalog;
+            let ids = catalog.snapshot_ids(catalog.find(&path)?.entry.id);
+            let entries = ids.into_iter().filter_map(|id| outline_entry(catalog, id));
+            Ok(entries.collect())
+        })
     }
 
     /// The state.
@@ -117,7 +142,7 @@ fn describe(metadata: &Metadata, id: VolumeId) -> Option<(Entry, bool)> {
     let path = metadata.catalog.path(id)?;
     let origin = match &entry.role {
         Role::Volume { origin, .. } => origin.and_then(|origin| metadata.catalog.path(origin)),
-        Role::Snapshot { .. } | Role::Reclaiming { .. } => None,
+        Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => None,
     };
     let mut described = Entry {
         kind: if path.snapshot.is_some() {
@@ -139,7 +164,29 @@ fn describe(metadata: &Metadata, id: VolumeId) -> Option<(Entry, bool)> {
         unique_bytes: 0,
         shared_bytes: 0,
         created: entry.created,
+        holds: tags(&metadata.catalog, id),
     };
     tell_own(&mut described, entry.kin.own.unwrap_or_default());
     Some((described, entry.kin.own.is_some()))
+}
+
+fn tags(catalog: &Catalog, snapshot: VolumeId) -> Vec<Name> {
+    catalog
+        .holds(snapshot)
+        .map(|(tag, _)| tag.clone())
+        .collect()
+}
+
+fn outline_entry(catalog: &Catalog, id: VolumeId) -> Option<OutlineEntry> {
+    let entry = &catalog.get(id).ok()?.entry;
+    Some(OutlineEntry {
+        path: catalog.path(id)?,
+        id,
+        origin: match entry.role {
+            Role::Volume { origin, .. } => origin,
+            Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => None,
+        },
+        created: entry.created,
+        holds: tags(catalog, id),
+    })
 }

@@ -243,6 +243,11 @@ fn mend_catalog(findings: &mut Findings) -> Vec<RepairStep> {
         let action = "cannot be mended; what else there is can be read, and copied to a new pool";
         steps.push(left(error.to_string(), place, action));
     }
+    for (id, error) in &findings.losses.holds {
+        findings.metadata.catalog.remove(*id);
+        let place = format!("catalog, number {}", id.0);
+        steps.push(mended(error.to_string(), place, "forget the hold"));
+    }
     for unreadable in findings.report().unreadable {
         let what = format!("{} bytes cannot be read", unreadable.bytes);
         let action = "cannot be mended; once it is removed, a repair gives its space back";

@@ -5,6 +5,7 @@
 
 mod attached;
 mod check;
+mod holds;
 mod list;
 mod maintain;
 mod mend;

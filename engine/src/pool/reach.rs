@@ -54,7 +54,7 @@ impl Visit {
     fn root(entry: &CatalogEntry) -> Option<Self> {
         let cursor = match entry.role {
             Role::Reclaiming { cursor } => cursor,
-            Role::Volume { .. } | Role::Snapshot { .. } => Lba(0),
+            Role::Volume { .. } | Role::Snapshot { .. } | Role::Hold { .. } => Lba(0),
         };
         entry.root.ptr.map(|ptr| Self {
             ptr,

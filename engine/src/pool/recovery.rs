@@ -256,7 +256,7 @@ fn copied(record: &Record) -> Option<(VolumeId, VolumeId)> {
     }
 }
 
-/// The volume that a record changes.
+/// The volume that a record changes; a hold is none, and nothing of its snapshot.
 fn subject(record: &Record) -> VolumeId {
     match record {
         Record::Map { volume, .. }
@@ -267,7 +267,9 @@ fn subject(record: &Record) -> VolumeId {
         | Record::Clone { id, .. }
         | Record::Remove { id }
         | Record::Rename { id, .. }
-        | Record::Resize { id, .. } => *id,
+        | Record::Resize { id, .. }
+        | Record::Hold { id, .. }
+        | Record::Release { id } => *id,
         Record::Grow { .. } => VolumeId(0),
     }
 }

@@ -51,6 +51,24 @@ pub struct Entry {
     pub shared_bytes: u64,
     /// When it was made.
     pub created: Timestamp,
+    /// The tags of its holds, which keep it from being removed; none on a volume.
+    #[serde(default)]
+    pub holds: Vec<Name>,
+}
+
+/// What the catalog alone knows of a volume or a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutlineEntry {
+    /// The volume, or the snapshot of it.
+    pub path: VolumePath,
+    /// Its number in the pool.
+    pub id: VolumeId,
+    /// The number of the snapshot that it was cloned from or last rolled back to, which may be gone.
+    pub origin: Option<VolumeId>,
+    /// When it was made.
+    pub created: Timestamp,
+    /// The tags of its holds; none on a volume.
+    pub holds: Vec<Name>,
 }
 
 /// What an [`Entry`] is.

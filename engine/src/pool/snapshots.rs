@@ -143,7 +143,7 @@ impl Pool {
         Ok(())
     }
 
-    fn require_snapshot(&self, path: &VolumePath) -> Result<()> {
+    pub(super) fn require_snapshot(&self, path: &VolumePath) -> Result<()> {
         match path.snapshot {
             Some(_) => Ok(()),
             None => Err(Error::with(

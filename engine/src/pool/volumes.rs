@@ -15,7 +15,8 @@ use crate::metadata::blocks_of;
 use crate::name::{Name, VolumePath};
 use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, Lba, Pba, VolumeId};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
+use std::collections::BTreeSet;
 
 fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
     let invalid = |fact: String| Err(Error::with(ErrorKind::Invalid, format!("{name}: {fact}")));
@@ -197,41 +198,71 @@ impl Pool {
         let attached = self.attached.lock();
         self.ledger.look(|metadata| {
             let catalog = &metadata.catalog;
-            let named: Result<Vec<VolumeId>> =
-                targets.iter().map(|path| catalog.find(path).map(|found| found.entry.id)).collect();
+            let named: Result<Vec<VolumeId>> = targets
+                .iter()
+                .map(|path| catalog.find(path).map(|found| found.entry.id))
+                .collect();
             let named = named?;
+            let is_named: FxHashSet<VolumeId> = named.iter().copied().collect();
             let mut ids: Vec<VolumeId> = Vec::new();
-            let mut blockers = Vec::new();
+            let (mut blockers, mut ways_out) = (Vec::new(), BTreeSet::new());
             for &id in &named {
                 let snapshots = catalog.snapshot_ids(id);
                 for snapshot in snapshots {
-                    if recursive || named.contains(&snapshot) {
+                    if recursive || is_named.contains(&snapshot) {
                         ids.push(snapshot);
                     } else {
-                        blockers.extend(catalog.path(snapshot).map(|path| format!("snapshot {}/{path}", self.name)));
+                        blockers.extend(
+                            catalog
+                                .path(snapshot)
+                                .map(|path| format!("snapshot {}/{path}", self.name)),
+                        );
+                        ways_out.insert("-r removes snapshots too");
                     }
                 }
                 ids.push(id);
             }
-            let mut seen = rustc_hash::FxHashSet::default();
+            let mut seen = FxHashSet::default();
             ids.retain(|id| seen.insert(*id));
             // A snapshot may be named after its volume.
-            ids.sort_by_key(|id| matches!(catalog.get(*id).map(|found| &found.entry.role), Ok(Role::Volume { .. })));
+            ids.sort_by_key(|id| {
+                matches!(
+                    catalog.get(*id).map(|found| &found.entry.role),
+                    Ok(Role::Volume { .. })
+                )
+            });
             for id in &ids {
                 if attached.contains_key(id) {
-                    blockers.extend(catalog.path(*id).map(|path| format!("{}/{path} is attached", self.name)));
+                    blockers.extend(
+                        catalog
+                            .path(*id)
+                            .map(|path| format!("{}/{path} is attached", self.name)),
+                    );
+                    ways_out.insert("detach what is attached");
+                }
+                for (tag, _) in catalog.holds(*id) {
+                    blockers.extend(
+                        catalog
+                            .path(*id)
+                            .map(|path| format!("{}/{path} is held by {tag}", self.name)),
+                    );
+                    ways_out.insert("`ublkctl release` takes a hold away");
                 }
             }
             if blockers.is_empty() {
                 return Ok(ids);
             }
-            let first = targets.first().map_or_else(String::new, ToString::to_string);
+            let first = targets
+                .first()
+                .map_or_else(String::new, ToString::to_string);
+            let ways_out: Vec<&str> = ways_out.into_iter().collect();
             Err(Error::with(
                 ErrorKind::Busy,
                 format!(
-                    "{}/{first}: cannot be removed: {}; detach what is attached, and -r removes snapshots too",
+                    "{}/{first}: cannot be removed: {}; {}",
                     self.name,
-                    blockers.join(", ")
+                    blockers.join(", "),
+                    ways_out.join(", ")
                 ),
             ))
         })

@@ -39,7 +39,7 @@ pub(super) struct Counting {
 fn is_kept(entry: &CatalogEntry) -> bool {
     match entry.role {
         Role::Volume { .. } | Role::Snapshot { .. } => true,
-        Role::Reclaiming { .. } => false,
+        Role::Reclaiming { .. } | Role::Hold { .. } => false,
     }
 }
 
