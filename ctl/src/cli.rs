@@ -3,7 +3,7 @@
 use crate::output::Format;
 use crate::size;
 use blockfork::name::{Name, Target, VolumePath};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -82,6 +82,28 @@ pub(crate) enum Command {
         #[arg(value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
         snapshot: PathTarget,
     },
+    /// Keep snapshots from being removed, until the hold is released
+    ///
+    /// A snapshot can have several holds, each with a tag of its own. While it has one, `rm` and `pool destroy` are
+    /// refused and `prune` keeps it; it can be cloned, renamed, attached and rolled back to.
+    Hold(Hold),
+    /// Take a hold from snapshots
+    Release(Hold),
+    /// Remove the snapshots of a volume that no rule keeps
+    ///
+    /// Time is cut into hours, days, ISO weeks (from Monday), months and years of the UTC calendar. Of each, the newest
+    /// snapshot made in it stands for it. --keep-daily 7 keeps those that stand for the 7 most recent days in which
+    /// there was a snapshot at all; days without one do not count. The other rules do the same for their unit, and
+    /// --keep-last 10 keeps the 10 newest snapshots. Each rule looks at all snapshots, whatever the others keep, and a
+    /// snapshot is kept if any rule keeps it.
+    ///
+    /// Snapshots that are held or attached are kept too, and count for the rules like any other. All that is not kept is
+    /// removed together, or nothing is.
+    Prune(Prune),
+    /// Draw who was cloned from what: volumes, below them their snapshots by age, below a snapshot its clones
+    ///
+    /// A clone whose snapshot is gone, and a volume that was rolled back, stand at the left side.
+    Tree(Tree),
     /// Serve a volume, or a snapshot read-only, as a block device and print its path
     Attach(Attach),
     /// Serve a volume, or a snapshot read-only, over NBD and print its URI
@@ -283,6 +305,59 @@ pub(crate) struct Rm {
     pub(crate) wait: bool,
 }
 
+/// Options of `hold` and `release`.
+#[derive(Debug, Args)]
+pub(crate) struct Hold {
+    /// The name of the hold
+    pub(crate) tag: Name,
+    /// POOL/VOLUME@SNAPSHOT, all in one pool
+    #[arg(required = true, value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
+    pub(crate) targets: Vec<PathTarget>,
+}
+
+/// Options of `prune`.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("rules").required(true).multiple(true))]
+pub(crate) struct Prune {
+    /// POOL/VOLUME
+    #[arg(value_name = "POOL/VOLUME", value_parser = volume_target)]
+    pub(crate) volume: PathTarget,
+    /// Keep the newest snapshots
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_last: Option<u32>,
+    /// Keep the newest of each of so many hours
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_hourly: Option<u32>,
+    /// Keep the newest of each of so many days
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_daily: Option<u32>,
+    /// Keep the newest of each of so many weeks
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_weekly: Option<u32>,
+    /// Keep the newest of each of so many months
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_monthly: Option<u32>,
+    /// Keep the newest of each of so many years
+    #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep_yearly: Option<u32>,
+    /// Only say what would be kept and why, what would go, and how much space would come back
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
+
+/// Options of `tree`.
+#[derive(Debug, Args)]
+pub(crate) struct Tree {
+    /// POOL, or POOL/VOLUME for that volume and what hangs on it
+    #[arg(value_name = "POOL[/VOLUME]", value_parser = tree_target)]
+    pub(crate) target: Target,
+    /// Print JSON: an array of volumes with `snapshots`, each with its `clones`
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// Options of `attach`.
 #[derive(Debug, Args)]
 pub(crate) struct Attach {
@@ -373,6 +448,8 @@ pub(crate) enum Column {
     Origin,
     /// Its logical sector in bytes
     Sector,
+    /// The tags of its holds
+    Holds,
 }
 
 /// Options of `diff`.
@@ -442,6 +519,16 @@ fn snapshot_target(text: &str) -> Result<PathTarget, blockfork::error::Error> {
     }
 }
 
+fn tree_target(text: &str) -> Result<Target, blockfork::error::Error> {
+    let target: Target = text.parse()?;
+    match &target.path {
+        Some(path) if path.snapshot.is_some() => {
+            refuse(text, "names a snapshot; write POOL or POOL/VOLUME")
+        }
+        Some(_) | None => Ok(target),
+    }
+}
+
 /// `PORT`, `:PORT` or `ADDRESS:PORT`. Only who names another address is heard by others than this machine.
 fn listen_address(text: &str) -> Result<SocketAddr, blockfork::error::Error> {
     let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
@@ -503,6 +590,8 @@ mod tests {
         assert!(path_target("p0").is_err());
         assert!(volume_target("p0/v@s").is_err());
         assert!(snapshot_target("p0/v").is_err());
+        assert!(tree_target("p0").is_ok() && tree_target("p0/v").is_ok());
+        assert!(tree_target("p0/v@s").is_err());
         assert_eq!(snapshot_target("p0/v@s").unwrap().path.to_string(), "v@s");
     }
 }

@@ -11,10 +11,12 @@ mod exports;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod host;
+mod lineage;
 mod output;
 mod progress;
 mod protocol;
 mod reference;
+mod retention;
 mod signature;
 mod size;
 mod state;

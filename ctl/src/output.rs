@@ -169,6 +169,11 @@ pub(crate) fn json<T: Serialize>(value: &T) -> Result<()> {
     text(&out)
 }
 
+/// A value as JSON in one line, without its end.
+pub(crate) fn json_text<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::io(e.into(), "JSON"))
+}
+
 /// Prints text as it is.
 pub(crate) fn text(out: &str) -> Result<()> {
     let mut stdout = io::stdout().lock();

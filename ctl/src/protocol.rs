@@ -4,13 +4,14 @@
 //! first that is not progress. A request line is at most [`REQUEST_BYTES_MAX`] long; whoever sends more is cut off.
 
 use crate::exit_code::one_line;
+use crate::retention::{Policy, Rule};
 use blockfork::clock::Clock;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::{
-    CheckReport, DiffExtent, Entry, PoolStats, PoolStatus, Removal, VolumeOptions,
+    CheckReport, DiffExtent, Entry, OutlineEntry, PoolStats, PoolStatus, Removal, VolumeOptions,
 };
-use blockfork::units::VolumeId;
+use blockfork::units::{Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, Write};
 use std::net::SocketAddr;
@@ -62,6 +63,24 @@ pub(crate) enum Request {
     Clone { snapshot: VolumePath, volume: Name },
     /// Turns a volume back to a snapshot.
     Rollback { snapshot: VolumePath },
+    /// All volumes and snapshots, as far as the catalog alone knows them.
+    Outline,
+    /// Puts a hold on snapshots.
+    Hold {
+        tag: Name,
+        snapshots: Vec<VolumePath>,
+    },
+    /// Takes a hold from snapshots.
+    Release {
+        tag: Name,
+        snapshots: Vec<VolumePath>,
+    },
+    /// Removes the snapshots of a volume that a policy does not keep.
+    Prune {
+        volume: Name,
+        policy: Policy,
+        dry_run: bool,
+    },
     /// Extends the pool: a file to `bytes`, a device to what it holds now.
     Grow { bytes: u64 },
     /// Serves a volume or a snapshot as a block device.
@@ -115,14 +134,17 @@ impl Request {
             | Self::List
             | Self::Devices
             | Self::Diff { .. }
-            | Self::Check => true,
-            Self::Remove { dry_run, .. } => *dry_run,
+            | Self::Check
+            | Self::Outline => true,
+            Self::Remove { dry_run, .. } | Self::Prune { dry_run, .. } => *dry_run,
             Self::Create { .. }
             | Self::Rename { .. }
             | Self::Resize { .. }
             | Self::Snapshot { .. }
             | Self::Clone { .. }
             | Self::Rollback { .. }
+            | Self::Hold { .. }
+            | Self::Release { .. }
             | Self::Grow { .. }
             | Self::Attach { .. }
             | Self::ServeNbd { .. }
@@ -156,6 +178,41 @@ pub(crate) enum Reply {
     Removal(Removal),
     /// To `Resize`.
     Resized(Resized),
+    /// To `Outline`.
+    Outline(Vec<OutlineEntry>),
+    /// To `Prune`.
+    Pruned(Pruned),
+}
+
+/// What a policy keeps of a volume's snapshots, and what removing the others frees.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pruned {
+    /// All snapshots, oldest first.
+    pub(crate) snapshots: Vec<Judged>,
+    /// Bytes that come back.
+    pub(crate) freed_bytes: u64,
+}
+
+/// A snapshot, and what keeps it; what nothing keeps goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Judged {
+    /// The snapshot.
+    pub(crate) path: VolumePath,
+    /// When it was made.
+    pub(crate) created: Timestamp,
+    /// The rules that keep it.
+    pub(crate) rules: Vec<Rule>,
+    /// The tags of its holds, which keep it.
+    pub(crate) holds: Vec<Name>,
+    /// Whether it is attached, which keeps it.
+    pub(crate) attached: bool,
+}
+
+impl Judged {
+    /// Whether anything keeps it.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.attached || !self.rules.is_empty() || !self.holds.is_empty()
+    }
 }
 
 /// A pool's state and that of what serves it.
@@ -397,6 +454,18 @@ mod tests {
             Request::Detach {
                 devices: Selection::Paths(vec!["v".parse().unwrap()]),
                 force: false,
+            },
+            Request::Hold {
+                tag: "backup".parse().unwrap(),
+                snapshots: vec!["v@s".parse().unwrap()],
+            },
+            Request::Prune {
+                volume: "v".parse().unwrap(),
+                policy: Policy {
+                    last: 3,
+                    ..Policy::default()
+                },
+                dry_run: true,
             },
         ];
         for request in requests {

@@ -1,8 +1,9 @@
-//! `list` and `diff`: what is in the pools.
+//! `list`, `tree` and `diff`: what is in the pools.
 
 use super::{ask, unexpected};
-use crate::cli::{Column, Diff, List};
+use crate::cli::{Column, Diff, List, Tree};
 use crate::exit_code::{OK, one_line};
+use crate::lineage::Lineage;
 use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Reply, Request, Row};
 use crate::state::Registry;
@@ -128,6 +129,7 @@ fn header(column: Column) -> (&'static str, Align) {
         Column::Created => ("created", Align::Right),
         Column::Origin => ("origin", Align::Left),
         Column::Sector => ("sector", Align::Right),
+        Column::Holds => ("holds", Align::Left),
     }
 }
 
@@ -156,7 +158,32 @@ fn cell(listed: &Listed, column: Column, format: Format, now: Timestamp) -> Stri
             .as_ref()
             .map_or_else(String::new, |origin| format!("{pool}/{origin}")),
         Column::Sector => entry.sector_bytes.to_string(),
+        Column::Holds => {
+            let tags: Vec<&str> = entry.holds.iter().map(Name::as_str).collect();
+            tags.join(",")
+        }
     }
+}
+
+pub(super) fn tree(options: &Tree) -> Result<()> {
+    let Target { pool, path } = &options.target;
+    let Reply::Outline(entries) = ask(pool, &Request::Outline, "looking")? else {
+        return Err(unexpected());
+    };
+    let lineage = Lineage::new(pool, &entries);
+    let roots = lineage.roots(path.as_ref().map(|path| &path.volume));
+    if let Some(path) = path
+        && roots.is_empty()
+    {
+        return Err(Error::with(
+            ErrorKind::NotFound,
+            format!("{pool}/{path}: no such volume"),
+        ));
+    }
+    if options.json {
+        return output::text(&lineage.json(&roots)?);
+    }
+    output::text(&lineage.draw(&roots))
 }
 
 pub(super) fn diff(options: &Diff) -> Result<()> {

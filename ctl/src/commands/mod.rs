@@ -5,6 +5,7 @@ mod doctor;
 mod list;
 mod nbd;
 mod pool;
+mod prune;
 mod repair;
 mod shell;
 mod stats;
@@ -31,6 +32,10 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::Snapshot { targets } => volume::snapshot(&targets),
         Command::Clone { snapshot, volume } => volume::clone(&snapshot, &volume),
         Command::Rollback { snapshot } => volume::rollback(&snapshot),
+        Command::Hold(options) => volume::hold(&options),
+        Command::Release(options) => volume::release(&options),
+        Command::Prune(options) => prune::prune(&options),
+        Command::Tree(options) => list::tree(&options),
         Command::Attach(options) => device::attach(&options),
         Command::ServeNbd(options) => nbd::serve(&options),
         Command::Detach(options) => device::detach(&options),

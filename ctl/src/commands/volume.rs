@@ -1,7 +1,7 @@
-//! Volumes and snapshots: create, resize, rename, remove, snapshot, clone, roll back.
+//! Volumes and snapshots: create, resize, rename, remove, snapshot, clone, roll back, hold, release.
 
 use super::{ask, change, one_pool, unexpected};
-use crate::cli::{Create, PathTarget, Redirect, Resize, Rm};
+use crate::cli::{Create, Hold, PathTarget, Redirect, Resize, Rm};
 use crate::output;
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request, Resized};
@@ -138,6 +138,18 @@ pub(super) fn rollback(snapshot: &PathTarget) -> Result<()> {
         snapshot: snapshot.path.clone(),
     };
     change(&snapshot.pool, &request)
+}
+
+pub(super) fn hold(options: &Hold) -> Result<()> {
+    let (pool, snapshots) = one_pool(&options.targets)?;
+    let tag = options.tag.clone();
+    change(pool, &Request::Hold { tag, snapshots })
+}
+
+pub(super) fn release(options: &Hold) -> Result<()> {
+    let (pool, snapshots) = one_pool(&options.targets)?;
+    let tag = options.tag.clone();
+    change(pool, &Request::Release { tag, snapshots })
 }
 
 pub(super) fn remove(options: &Rm) -> Result<()> {

@@ -104,6 +104,20 @@ impl Host {
                 block_on(pool.clone_snapshot(device, &snapshot, &volume)).map(|_| Reply::Done)
             }
             Request::Rollback { snapshot } => self.rollback(&snapshot),
+            Request::Outline => Ok(Reply::Outline(pool.outline())),
+            Request::Hold { tag, snapshots } => {
+                let _alone = self.devices();
+                block_on(pool.hold(device, &tag, &snapshots)).map(|()| Reply::Done)
+            }
+            Request::Release { tag, snapshots } => {
+                let _alone = self.devices();
+                block_on(pool.release(device, &tag, &snapshots)).map(|()| Reply::Done)
+            }
+            Request::Prune {
+                volume,
+                policy,
+                dry_run,
+            } => self.prune(&volume, policy, dry_run).map(Reply::Pruned),
             Request::Grow { bytes } => self.grow(bytes),
             Request::Attach {
                 path,

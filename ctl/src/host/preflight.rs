@@ -34,6 +34,9 @@ impl Host {
                 .present(snapshot)
                 .and_then(|_| self.absent(&whole(volume))),
             Request::Rollback { snapshot } => self.present(snapshot).map(drop),
+            Request::Hold { tag, snapshots } => self.pool.check_hold(tag, snapshots),
+            Request::Release { tag, snapshots } => self.pool.check_release(tag, snapshots),
+            Request::Prune { volume, policy, .. } => self.prune(volume, *policy, true).map(drop),
             Request::Grow { bytes } => self.growable(*bytes),
             Request::Status
             | Request::Stats
@@ -41,6 +44,7 @@ impl Host {
             | Request::Devices
             | Request::Diff { .. }
             | Request::Check
+            | Request::Outline
             | Request::Attach { .. }
             | Request::ServeNbd { .. }
             | Request::Detach { .. }

@@ -2,11 +2,13 @@
 
 use super::{Host, whole};
 use crate::exit_code::one_line;
-use crate::protocol::{Reply, Resized};
+use crate::protocol::{Judged, Pruned, Reply, Resized};
+use crate::retention::{self, Policy, Rule};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
+use blockfork::pool::OutlineEntry;
 use blockfork::ublk;
-use blockfork::units::BLOCK_BYTES;
+use blockfork::units::{BLOCK_BYTES, Timestamp};
 use futures_lite::future::block_on;
 use tracing::warn;
 
@@ -30,6 +32,37 @@ impl Host {
         )?;
         devices.exports().refuse(&self.name, "remove", goes)?;
         block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+    }
+
+    /// Removes the snapshots of a volume that nothing keeps, all together.
+    pub(super) fn prune(&self, volume: &Name, policy: Policy, dry_run: bool) -> Result<Pruned> {
+        if !policy.keeps_something() {
+            // To remove all snapshots takes an `rm` that says so.
+            return Err(Error::with(
+                ErrorKind::Invalid,
+                format!("{}/{volume}: no rule keeps anything", self.name),
+            ));
+        }
+        let devices = self.devices();
+        let found = self.pool.snapshots_of(volume)?;
+        let created: Vec<Timestamp> = found.iter().map(|entry| entry.created).collect();
+        let kept = retention::kept_by(policy, &created);
+        let judged = |(entry, rules): (OutlineEntry, Vec<Rule>)| Judged {
+            attached: devices.find(&entry.path).is_some()
+                || devices.exports().find(&entry.path).is_some(),
+            path: entry.path,
+            created: entry.created,
+            rules,
+            holds: entry.holds,
+        };
+        let snapshots: Vec<Judged> = found.into_iter().zip(kept).map(judged).collect();
+        let goes = snapshots.iter().filter(|judged| !judged.is_kept());
+        let goes: Vec<VolumePath> = goes.map(|judged| judged.path.clone()).collect();
+        let removal = block_on(self.pool.remove(&self.device, &goes, false, dry_run))?;
+        Ok(Pruned {
+            snapshots,
+            freed_bytes: removal.freed_bytes,
+        })
     }
 
     pub(super) fn rename(&self, from: &VolumePath, to: &VolumePath) -> Result<Reply> {

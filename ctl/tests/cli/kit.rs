@@ -304,3 +304,34 @@ pub(crate) fn recount(machine: &Machine, block: u64, by: i16) -> u16 {
     fs::write(machine.pool_path(), bytes).expect("the pool");
     count
 }
+
+/// Bytes of a slot of the catalog.
+const SLOT_BYTES: usize = 256;
+
+/// Changes the occupied slots of a closed pool's catalog, which is one page; how many there are.
+#[track_caller]
+pub(crate) fn restate_slots(machine: &Machine, mut change: impl FnMut(&mut [u8])) -> usize {
+    let mut bytes = machine.pool_bytes();
+    let is_catalog = |at: &usize| bytes[*at..at + 4] == *b"BFpg" && bytes[at + 40] == 5;
+    let generation = |at: &usize| -> u64 {
+        let field = bytes[at + 32..at + 40].try_into().expect("8 bytes");
+        u64::from_le_bytes(field)
+    };
+    // Those of earlier checkpoints may still be there.
+    let pages = (0..bytes.len()).step_by(4096).filter(is_catalog);
+    let page = pages.max_by_key(generation).expect("a catalog page");
+    let slots = bytes[page + 64..page + 64 + 15 * SLOT_BYTES].chunks_exact_mut(SLOT_BYTES);
+    let mut occupied = 0;
+    for slot in slots.filter(|slot| slot[0] != 0) {
+        change(slot);
+        occupied += 1;
+    }
+    reseal(&mut bytes[page..page + 4096]);
+    fs::write(machine.pool_path(), bytes).expect("the pool");
+    occupied
+}
+
+/// The name in a slot of the catalog.
+pub(crate) fn slot_name(slot: &[u8]) -> &str {
+    std::str::from_utf8(&slot[64..64 + usize::from(slot[3])]).expect("a name")
+}

@@ -6,5 +6,6 @@ mod hostile;
 mod kit;
 mod nbd;
 mod offline;
+mod order;
 mod read_only;
 mod repair;

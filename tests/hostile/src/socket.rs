@@ -37,6 +37,10 @@ const REQUESTS: &[&str] = &[
     r#"{"snapshot":{"targets":[{"volume":"x","snapshot":"s"}]}}"#,
     r#"{"clone":{"snapshot":{"volume":"v","snapshot":"s"},"volume":"z"}}"#,
     r#"{"rollback":{"snapshot":{"volume":"x","snapshot":"s"}}}"#,
+    r#""outline""#,
+    r#"{"hold":{"tag":"t","snapshots":[{"volume":"v","snapshot":"s"}]}}"#,
+    r#"{"release":{"tag":"t","snapshots":[{"volume":"v","snapshot":"s"}]}}"#,
+    r#"{"prune":{"volume":"v","policy":{"last":1,"hourly":0,"daily":0,"weekly":0,"monthly":0,"yearly":0},"dry_run":true}}"#,
     r#"{"grow":{"bytes":1}}"#,
     r#"{"detach":{"devices":{"paths":[{"volume":"v","snapshot":null}]},"force":true}}"#,
 ];

@@ -6,19 +6,20 @@ mod show;
 
 pub(super) use check::print_report;
 
-use super::change;
 use super::repair::{self, Consent};
+use super::{change, unexpected};
 use crate::cli::PoolCommand;
 use crate::devices::Devices;
 use crate::exit_code::{OK, about, one_line, printable};
+use crate::host::Role;
 use crate::output;
-use crate::protocol::{Request, Status};
+use crate::protocol::{Reply, Request, Status};
 use crate::state::{self, PoolEntry, Registry, Runtime};
 use crate::{client, size};
 use blockfork::device::{Access, BlockBuf, Device, FileDevice, PoolFile};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
-use blockfork::pool::{Pool, RepairOptions};
+use blockfork::pool::{OutlineEntry, Pool, RepairOptions};
 use futures_lite::future::block_on;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -164,6 +165,11 @@ fn destroy(name: &Name, dry_run: bool) -> Result<()> {
     if dry_run {
         return would_destroy(&entry);
     }
+    // Before the daemon is asked to let go.
+    refuse_held(
+        name,
+        client::call_entry(&entry, &Request::Outline, &mut |_, _| {}),
+    )?;
     if client::is_served(name)? {
         // Refused while a device is attached; otherwise the daemon lets go.
         change(name, &Request::Stop)?;
@@ -172,12 +178,46 @@ fn destroy(name: &Name, dry_run: bool) -> Result<()> {
         write: true,
         lock_wait_ms: LOCK_WAIT_MS,
     };
-    let file = PoolFile::open(&entry.path, access)?;
+    let file = Arc::new(PoolFile::open(&entry.path, access)?);
     let devices = Devices::load(&runtime, name, entry.id.clone(), state::boot_id()?)?;
     devices.refuse("destroy", devices.slots().iter())?;
+    // Again, now that nobody else can put a hold on anything.
+    let opened = client::open(&entry, &runtime, file.clone(), true, Role::Command);
+    let outline = opened.and_then(|host| host.handle(Request::Outline, &mut |_, _| {}));
+    refuse_held(name, outline)?;
     wipe(&entry, file)?;
     runtime.clear()?;
     registry.remove(name)
+}
+
+/// An error that names every hold in a pool, of which `outline` tells. What is not there or damaged can be destroyed.
+fn refuse_held(pool: &Name, outline: Result<Reply>) -> Result<()> {
+    let held = match outline {
+        Ok(Reply::Outline(entries)) => held(pool, &entries),
+        Ok(_) => return Err(unexpected()),
+        Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    if held.is_empty() {
+        return Ok(());
+    }
+    Err(Error::with(
+        ErrorKind::Busy,
+        format!(
+            "pool {pool}: cannot be destroyed: {}; `ublkctl release` takes a hold away",
+            held.join(", ")
+        ),
+    ))
+}
+
+/// Every hold, with its snapshot.
+fn held(pool: &Name, entries: &[OutlineEntry]) -> Vec<String> {
+    let of = |entry: &OutlineEntry| {
+        let path = entry.path.clone();
+        let tags = entry.holds.clone().into_iter();
+        tags.map(move |tag| format!("{pool}/{path} is held by {tag}"))
+    };
+    entries.iter().flat_map(of).collect()
 }
 
 fn would_destroy(entry: &PoolEntry) -> Result<()> {
@@ -193,13 +233,20 @@ fn would_destroy(entry: &PoolEntry) -> Result<()> {
     if devices > 0 {
         text.push_str("would be refused: devices are attached\n");
     }
+    let outline = client::call_entry(entry, &Request::Outline, &mut |_, _| {})?;
+    let Reply::Outline(entries) = outline else {
+        return Err(unexpected());
+    };
+    for hold in held(&entry.name, &entries) {
+        text.extend(["would be refused: ", &hold, "\n"]);
+    }
     output::text(&text)
 }
 
 /// Overwrites both superblocks, if they are this pool's: another may live there by now.
-fn wipe(entry: &PoolEntry, file: PoolFile) -> Result<()> {
+fn wipe(entry: &PoolEntry, file: Arc<PoolFile>) -> Result<()> {
     let blocks = file.blocks();
-    let device = FileDevice::new(Arc::new(file));
+    let device = FileDevice::new(file);
     match block_on(Pool::label(&device, blocks)) {
         Ok(label) if label.id.to_string() != entry.id => {
             return Err(Error::with(
