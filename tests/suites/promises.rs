@@ -331,6 +331,7 @@ fn held(device: &SimDevice, pool: &blockfork::pool::Pool) -> Vec<String> {
 fn a_hold_is_durable_when_it_is_answered_and_whole_whenever_the_power_goes() {
     let tag = "x".parse().unwrap();
     let both = [path("a@s"), path("a@t")];
+    let (mut answered, mut came_early) = (0, 0);
     // Whether the hold or its release is interrupted, after how many steps, and what of the unflushed is lost.
     for (is_release, delay, seed) in (0..2 * 30 * 4).map(|n| (n % 2 == 0, n / 2 % 30, n / 60)) {
         let (device, pool) = pool(4096);
@@ -371,6 +372,8 @@ fn a_hold_is_durable_when_it_is_answered_and_whole_whenever_the_power_goes() {
             found == after || (!is_answered && found == before),
             "release {is_release}, delay {delay}, seed {seed}: {found:?}"
         );
+        answered += u32::from(is_answered);
+        came_early += u32::from(!is_answered && found == before);
         let removed = block_on(pool.remove(&device, &both[..1], false, false));
         if found == with {
             assert_eq!(removed.unwrap_err().kind(), ErrorKind::Busy);
@@ -380,4 +383,5 @@ fn a_hold_is_durable_when_it_is_answered_and_whole_whenever_the_power_goes() {
         let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
         assert_eq!((report.damage, report.leaked_blocks), (Vec::new(), 0));
     }
+    assert!(answered > 0 && came_early > 0, "{answered}, {came_early}");
 }
