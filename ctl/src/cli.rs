@@ -2,6 +2,7 @@
 
 use crate::output::Format;
 use crate::size;
+use blockfork::limits::METADATA_CACHE_BYTES_MIN;
 use blockfork::name::{Name, Target, VolumePath};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -131,6 +132,9 @@ pub(crate) enum Command {
         /// Be the daemon that another command starts: leave its session, end with the last device
         #[arg(long, hide = true)]
         detached: bool,
+        /// Memory for maps and counts, at least 16M [default: an eighth of the machine's]
+        #[arg(long, value_name = "SIZE", value_parser = metadata_cache)]
+        metadata_cache: Option<u64>,
     },
     /// Start the daemon of a pool whose daemon died, and take its devices back
     Recover {
@@ -373,6 +377,10 @@ pub(crate) struct Attach {
     /// Requests in flight in each queue
     #[arg(short, long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) depth: u16,
+    /// Memory for maps and counts of the pool from here on, at least 16M, until its daemon ends [default: what the daemon
+    /// has, an eighth of the machine's]
+    #[arg(long, value_name = "SIZE", value_parser = metadata_cache)]
+    pub(crate) metadata_cache: Option<u64>,
 }
 
 /// Options of `serve-nbd`.
@@ -546,6 +554,15 @@ fn listen_address(text: &str) -> Result<SocketAddr, blockfork::error::Error> {
     text.parse().or_else(refused)
 }
 
+/// Memory for metadata.
+fn metadata_cache(text: &str) -> Result<u64, blockfork::error::Error> {
+    let bytes = size::parse(text)?;
+    if bytes < METADATA_CACHE_BYTES_MIN {
+        return refuse(text, "is too little memory to work with; give at least 16M");
+    }
+    Ok(bytes)
+}
+
 fn sector_bytes(text: &str) -> Result<u32, blockfork::error::Error> {
     match text {
         "512" => Ok(512),
@@ -582,6 +599,14 @@ mod tests {
             " 1",
         ] {
             assert!(listen_address(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn memory_for_metadata_is_enough_to_work_with() {
+        assert_eq!(metadata_cache("16M").unwrap(), METADATA_CACHE_BYTES_MIN);
+        for text in ["15M", "0", "1T2", ""] {
+            assert!(metadata_cache(text).is_err(), "{text}");
         }
     }
 

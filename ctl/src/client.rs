@@ -365,11 +365,10 @@ fn offline_locked(
 /// Finishes the background work of a pool that no daemon serves, and closes it.
 fn settle(host: &Host, progress: Progress<'_>) -> Result<()> {
     let pool = host.pool();
-    let backlog = |stats: &blockfork::pool::PoolStats| stats.reclaiming;
-    let most = backlog(&pool.stats());
+    let most = pool.status().backlog_bytes;
     while block_on(pool.maintain(host.device()))? {
         if most > 0 {
-            progress(most.saturating_sub(backlog(&pool.stats())), most);
+            progress(most.saturating_sub(pool.status().backlog_bytes), most);
         }
     }
     block_on(pool.close(host.device()))
@@ -409,6 +408,7 @@ pub(crate) fn open(
         }
         e => e,
     })?;
+    pool.limit_metadata(state::metadata_cache());
     let (name, id) = (pool.name(), pool.id().to_string());
     if name != entry.name || (id != entry.id) {
         return Err(Error::with(

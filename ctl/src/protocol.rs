@@ -9,7 +9,8 @@ use blockfork::clock::Clock;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::{
-    CheckReport, DiffExtent, Entry, OutlineEntry, PoolStats, PoolStatus, Removal, VolumeOptions,
+    Backlog, CheckReport, DiffExtent, Entry, OutlineEntry, PoolStats, PoolStatus, Removal,
+    VolumeOptions,
 };
 use blockfork::units::{Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,9 @@ pub(crate) enum Request {
         read_only: bool,
         queues: u16,
         depth: u16,
+        /// Memory for metadata from here on, in bytes.
+        #[serde(default)]
+        metadata_cache: Option<u64>,
     },
     /// Serves a volume or a snapshot over NBD, for as long as the connection lasts that asked for it. When the client
     /// has shut down its side and everything is durable, a second answer follows: `Done`, or an error.
@@ -101,6 +105,8 @@ pub(crate) enum Request {
     Detach { devices: Selection, force: bool },
     /// Closes the pool and ends the daemon; refused while a device is attached.
     Stop,
+    /// What of these, which were removed, still holds space.
+    Backlog { ids: Vec<VolumeId> },
 }
 
 /// Where NBD clients are to connect.
@@ -135,7 +141,8 @@ impl Request {
             | Self::Devices
             | Self::Diff { .. }
             | Self::Check
-            | Self::Outline => true,
+            | Self::Outline
+            | Self::Backlog { .. } => true,
             Self::Remove { dry_run, .. } | Self::Prune { dry_run, .. } => *dry_run,
             Self::Create { .. }
             | Self::Rename { .. }
@@ -182,6 +189,8 @@ pub(crate) enum Reply {
     Outline(Vec<OutlineEntry>),
     /// To `Prune`.
     Pruned(Pruned),
+    /// To `Backlog`.
+    Backlog(Backlog),
 }
 
 /// What a policy keeps of a volume's snapshots, and what removing the others frees.
@@ -189,8 +198,8 @@ pub(crate) enum Reply {
 pub(crate) struct Pruned {
     /// All snapshots, oldest first.
     pub(crate) snapshots: Vec<Judged>,
-    /// Bytes that come back.
-    pub(crate) freed_bytes: u64,
+    /// Bytes that come back; only a dry run walks the maps to tell.
+    pub(crate) freed_bytes: Option<u64>,
 }
 
 /// A snapshot, and what keeps it; what nothing keeps goes.

@@ -2,6 +2,7 @@
 //! Everything here is read back as hostile: names are parsed, files are limited, and a bad one is an error with its path.
 
 use blockfork::error::{Error, ErrorKind, Result};
+use blockfork::limits::METADATA_CACHE_BYTES_DEFAULT;
 use blockfork::name::{Name, VolumePath};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -245,6 +246,22 @@ pub(crate) fn boot_id() -> Result<[u8; 16]> {
     }
 }
 
+/// Memory for a pool's metadata unless somebody says how much, in bytes: an eighth of the machine's.
+pub(crate) fn metadata_cache() -> u64 {
+    let told = fs::read_to_string("/proc/meminfo").ok();
+    let total = told.as_deref().and_then(memory_bytes);
+    total.map_or(METADATA_CACHE_BYTES_DEFAULT, |bytes| bytes / 8)
+}
+
+/// The machine's memory, as `/proc/meminfo` tells it.
+fn memory_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 /// A UUID's bytes in the order in which it is written.
 fn in_written_order(id: u128) -> [u8; 16] {
     let mut bytes = id.to_le_bytes();
@@ -407,6 +424,21 @@ mod tests {
             ..runtime
         };
         assert_eq!(short.socket(), Path::new("/run/ublkctl/p0.sock"));
+    }
+
+    #[test]
+    fn the_machine_tells_its_memory() {
+        let text = "MemTotal:       16384 kB\nMemFree:         1 kB\n";
+        assert_eq!(memory_bytes(text), Some(16 << 20));
+        for text in [
+            "",
+            "MemTotal: 1 GB",
+            "MemTotal: kB",
+            "MemTotal: 18446744073709551615 kB",
+        ] {
+            assert_eq!(memory_bytes(text), None, "{text}");
+        }
+        assert!(metadata_cache() > 0);
     }
 
     #[test]

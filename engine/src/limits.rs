@@ -18,8 +18,10 @@ pub const RECORD_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
 pub const SNAPSHOT_GROUP_MAX: usize = 256;
 /// Bytes of redo records that may wait in memory for a commit before writers wait.
 pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;
-/// Map pages in memory, at some 4 KiB each; beyond that, durable ones are dropped and read again when needed.
-pub const MAP_PAGES_MAX: usize = 1 << 19;
+/// The least memory for metadata that a pool can be given, in bytes: one change may need hundreds of pages at once.
+pub const METADATA_CACHE_BYTES_MIN: u64 = 16 << 20;
+/// What a pool takes where nobody says how much, in bytes.
+pub const METADATA_CACHE_BYTES_DEFAULT: u64 = 2 << 30;
 /// The longest payload of a read or a write over NBD, in bytes.
 pub const NBD_PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// The longest data of an option in NBD's handshake, in bytes.

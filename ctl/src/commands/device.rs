@@ -41,6 +41,7 @@ pub(super) fn attach(options: &Attach) -> Result<()> {
         read_only: options.read_only,
         queues: options.queues.unwrap_or_else(queues),
         depth: options.depth,
+        metadata_cache: options.metadata_cache,
     };
     client::ensure_daemon(pool)?;
     let Reply::Devices(rows) = ask(pool, &request, "attaching")? else {

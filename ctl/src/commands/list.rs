@@ -2,6 +2,7 @@
 
 use super::{ask, unexpected};
 use crate::cli::{Column, Diff, List, Tree};
+use crate::client;
 use crate::exit_code::{OK, one_line};
 use crate::lineage::Lineage;
 use crate::output::{self, Align, Format, Table};
@@ -13,6 +14,7 @@ use blockfork::name::{Name, Target, VolumePath};
 use blockfork::pool::{DiffKind, EntryKind};
 use blockfork::units::Timestamp;
 use serde::Serialize;
+use std::collections::BTreeSet;
 
 const COLUMNS: [Column; 8] = [
     Column::Name,
@@ -37,12 +39,16 @@ struct Listed {
 pub(super) fn list(options: &List) -> Result<u8> {
     let registry = Registry::from_env()?;
     let mut rows = Vec::new();
+    let mut pools = BTreeSet::new();
     let mut code = OK;
     if options.targets.is_empty() {
         for entry in registry.all()? {
             // A pool that cannot be read does not hide the others.
             match rows_of(&entry.name) {
-                Ok(found) => rows.extend(found),
+                Ok(found) => {
+                    rows.extend(found);
+                    pools.insert(entry.name);
+                }
                 Err(e) => {
                     output::say(&one_line(&e));
                     code = e.kind().exit_code();
@@ -52,6 +58,7 @@ pub(super) fn list(options: &List) -> Result<u8> {
     }
     for target in &options.targets {
         let found = rows_of(&target.pool)?;
+        pools.insert(target.pool.clone());
         let before = rows.len();
         rows.extend(
             found
@@ -78,7 +85,36 @@ pub(super) fn list(options: &List) -> Result<u8> {
         &options.columns
     };
     table(&rows, columns, options.format).print(options.format)?;
+    if !options.format.no_header {
+        for pool in &pools {
+            say_backlog(pool, options.format)?;
+        }
+    }
     Ok(code)
+}
+
+/// Tells people why a pool has less room than its list lets them think. Without a daemon nothing is on its way.
+fn say_backlog(pool: &Name, format: Format) -> Result<()> {
+    if !client::is_served(pool)? {
+        return Ok(());
+    }
+    let Reply::Status(status) = ask(pool, &Request::Status, "looking")? else {
+        return Err(unexpected());
+    };
+    if let Some(line) = backlog_line(pool, status.pool.backlog_bytes, format) {
+        output::say(&line);
+    }
+    Ok(())
+}
+
+fn backlog_line(pool: &Name, bytes: u64, format: Format) -> Option<String> {
+    let line = || {
+        format!(
+            "{pool}: the space of what was removed is being returned, at most {} more",
+            format.size(bytes)
+        )
+    };
+    (bytes > 0).then(line)
 }
 
 /// A volume stands for its snapshots too.
@@ -225,4 +261,21 @@ pub(super) fn diff(options: &Diff) -> Result<()> {
         ]);
     }
     table.print(*format)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backlog_is_told_with_its_bound() {
+        let pool = "p0".parse().unwrap();
+        let format = Format::default();
+        let line = backlog_line(&pool, 3 << 30, format).unwrap();
+        assert!(
+            line.starts_with("p0: ") && line.ends_with("at most 3G more"),
+            "{line}"
+        );
+        assert_eq!(backlog_line(&pool, 0, format), None);
+    }
 }

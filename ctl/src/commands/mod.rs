@@ -43,7 +43,11 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::List(options) => return list::list(&options),
         Command::Diff(options) => list::diff(&options),
         Command::Stats(options) => stats::stats(&options),
-        Command::Serve { pool, detached } => daemon::serve(&pool, detached),
+        Command::Serve {
+            pool,
+            detached,
+            metadata_cache,
+        } => daemon::serve(&pool, detached, metadata_cache),
         Command::Doctor { format } => return doctor::doctor(format),
         Command::Completions { shell } => shell::completions(shell),
         Command::Man { directory } => shell::man(&directory),

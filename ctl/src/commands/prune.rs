@@ -5,7 +5,6 @@ use crate::cli::{PathTarget, Prune};
 use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Judged, Pruned, Reply, Request};
 use crate::retention::{Policy, utc};
-use crate::size;
 use blockfork::error::Result;
 use blockfork::name::Name;
 use blockfork::units::Timestamp;
@@ -18,8 +17,8 @@ struct Shown<'a> {
     snapshots: Vec<ShownSnapshot<'a>>,
     /// How many go.
     removed: u64,
-    /// Bytes that come back.
-    freed_bytes: u64,
+    /// Bytes that come back; only a dry run tells.
+    freed_bytes: Option<u64>,
     /// Whether nothing was done.
     dry_run: bool,
 }
@@ -69,9 +68,8 @@ pub(super) fn prune(options: &Prune) -> Result<()> {
         return show(pool, &pruned, removed, options.format);
     }
     output::text(&format!(
-        "{pool}/{path}: removed {removed} of {} snapshots, {} come back\n",
-        pruned.snapshots.len(),
-        size::human(pruned.freed_bytes)
+        "{pool}/{path}: removed {removed} of {} snapshots\n",
+        pruned.snapshots.len()
     ))
 }
 
@@ -99,7 +97,7 @@ fn show(pool: &Name, pruned: &Pruned, removed: u64, format: Format) -> Result<()
     output::text(&format!(
         "would remove {removed} of {} snapshots and free {}\n",
         pruned.snapshots.len(),
-        format.size(pruned.freed_bytes)
+        format.size(pruned.freed_bytes.unwrap_or_default())
     ))
 }
 

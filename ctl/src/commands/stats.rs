@@ -106,7 +106,9 @@ fn pool_table(counted: &[Counted], format: Format) -> Table {
         "checkpoints",
         "checkpoint",
         "reclaiming",
+        "backlog",
         "reclaimed",
+        "metadata",
     ];
     let columns = names.into_iter().map(|name| (name, Align::Right));
     let mut table = Table::new(std::iter::once(("pool", Align::Left)).chain(columns));
@@ -124,7 +126,9 @@ fn pool_table(counted: &[Counted], format: Format) -> Table {
             stats.checkpoints.to_string(),
             format.duration(stats.checkpoint_ns),
             stats.reclaiming.to_string(),
+            format.size(stats.backlog_bytes),
             format.size(stats.reclaimed_blocks * blockfork::units::BLOCK_BYTES),
+            format.size(stats.metadata_bytes),
         ]);
     }
     table

@@ -6,17 +6,21 @@ use crate::output;
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request, Resized};
 use crate::size;
+use crate::state::PoolEntry;
 use crate::{client, state};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::limits::VOLUME_BYTES_MAX;
 use blockfork::name::Name;
-use blockfork::pool::{self, VolumeOptions};
+use blockfork::pool::{self, Backlog, VolumeOptions};
+use blockfork::units::VolumeId;
 use std::fmt::Write;
 use std::thread;
 use std::time::Duration;
 
 /// How often to look whether the space has come back.
 const LOOK: Duration = Duration::from_millis(200);
+/// Numbers in one question about it: as many as a request line has room for.
+const IDS_MAX: usize = 40_000;
 
 pub(super) fn create(options: &Create) -> Result<()> {
     let PathTarget { pool, path } = &options.volume;
@@ -168,34 +172,56 @@ pub(super) fn remove(options: &Rm) -> Result<()> {
             writeln!(out, "would remove {pool}/{path}")
                 .map_err(|e| Error::io(std::io::Error::other(e), "text"))?;
         }
-        writeln!(out, "would free {}", size::human(removal.freed_bytes))
+        let freed = size::human(removal.freed_bytes.unwrap_or_default());
+        writeln!(out, "would free {freed}")
             .map_err(|e| Error::io(std::io::Error::other(e), "text"))?;
         return output::text(&out);
     }
     if options.wait {
-        wait_for_space(pool)
+        wait_for_space(pool, &removal.ids)
     } else {
         Ok(())
     }
 }
 
 /// Waits until a daemon has returned the space of what was removed. Without a daemon that has happened already.
-fn wait_for_space(pool: &Name) -> Result<()> {
-    let bar = Bar::new("returning space");
+fn wait_for_space(pool: &Name, ids: &[VolumeId]) -> Result<()> {
+    let bar = Bar::of_bytes("returning space");
     let entry = state::Registry::from_env()?.find(pool)?;
     let mut most = 0;
     while client::is_served(pool)? {
-        let Reply::Status(status) = client::call_entry(&entry, &Request::Status, &mut |_, _| {})?
-        else {
-            return Err(unexpected());
-        };
-        let left = status.pool.reclaiming;
-        if left == 0 {
+        let left = backlog(&entry, ids)?;
+        if left.trees > 0 && left.trees == left.unreadable {
+            return Err(Error::corrupt(format!(
+                "pool {pool}: {} of what was removed cannot be read, so that its space does not come back; see `ublkctl pool check --repair {pool}`",
+                left.trees
+            )));
+        }
+        if left.trees == 0 && left.is_settled {
             break;
         }
-        most = most.max(left);
-        bar.show(most - left, most);
+        most = most.max(left.bytes);
+        bar.show(most - left.bytes, most);
         thread::sleep(LOOK);
     }
     Ok(())
+}
+
+/// What of so many still holds space, asked in lines that a daemon takes.
+fn backlog(entry: &PoolEntry, ids: &[VolumeId]) -> Result<Backlog> {
+    let mut all = Backlog {
+        is_settled: true,
+        ..Backlog::default()
+    };
+    for ids in ids.chunks(IDS_MAX) {
+        let request = Request::Backlog { ids: ids.to_vec() };
+        let Reply::Backlog(some) = client::call_entry(entry, &request, &mut |_, _| {})? else {
+            return Err(unexpected());
+        };
+        all.trees += some.trees;
+        all.unreadable += some.unreadable;
+        all.bytes += some.bytes;
+        all.is_settled &= some.is_settled;
+    }
+    Ok(all)
 }

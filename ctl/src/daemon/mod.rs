@@ -61,7 +61,8 @@ impl Daemon {
 }
 
 /// Serves a pool until a signal comes or, `detached`, until its last device is gone.
-pub(crate) fn serve(pool: &Name, detached: bool) -> Result<()> {
+/// `metadata_cache`: memory for metadata in bytes, if not what is usual.
+pub(crate) fn serve(pool: &Name, detached: bool, metadata_cache: Option<u64>) -> Result<()> {
     start_log();
     let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
@@ -76,6 +77,9 @@ pub(crate) fn serve(pool: &Name, detached: bool) -> Result<()> {
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|e| Error::io(e, "signals cannot be caught"))?;
     let host = open(&entry, &runtime)?;
+    if let Some(bytes) = metadata_cache {
+        host.pool().limit_metadata(bytes);
+    }
     host.recover()?;
     run(host, signals, &runtime, detached)
 }

@@ -124,7 +124,11 @@ impl Host {
                 read_only,
                 queues,
                 depth,
+                metadata_cache,
             } => {
+                if let Some(bytes) = metadata_cache {
+                    pool.limit_metadata(bytes);
+                }
                 let options = ublk::DeviceOptions {
                     dev_id: None,
                     queues,
@@ -146,6 +150,7 @@ impl Host {
                 exports.refuse(&self.name, "close the pool", |_| true)?;
                 Ok(Reply::Done)
             }
+            Request::Backlog { ids } => pool.backlog(&ids).map(Reply::Backlog),
         }
     }
 

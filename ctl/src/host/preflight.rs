@@ -16,7 +16,10 @@ impl Host {
             Request::Create { volume, .. } => self.absent(&whole(volume)),
             Request::Remove {
                 targets, recursive, ..
-            } => self.remove(targets, *recursive, true).map(drop),
+            } => {
+                let _alone = self.unused(targets, *recursive)?;
+                self.pool.check_removable(targets, *recursive)
+            }
             Request::Rename { from, to } => self.present(from).and_then(|_| self.absent(to)),
             Request::Resize {
                 volume,
@@ -48,7 +51,8 @@ impl Host {
             | Request::Attach { .. }
             | Request::ServeNbd { .. }
             | Request::Detach { .. }
-            | Request::Stop => Ok(()),
+            | Request::Stop
+            | Request::Backlog { .. } => Ok(()),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Changing volumes and the pool itself.
 
 use super::{Host, whole};
+use crate::devices::Devices;
 use crate::exit_code::one_line;
 use crate::protocol::{Judged, Pruned, Reply, Resized};
 use crate::retention::{self, Policy, Rule};
@@ -10,6 +11,7 @@ use blockfork::pool::OutlineEntry;
 use blockfork::ublk;
 use blockfork::units::{BLOCK_BYTES, Timestamp};
 use futures_lite::future::block_on;
+use parking_lot::MutexGuard;
 use tracing::warn;
 
 impl Host {
@@ -19,6 +21,16 @@ impl Host {
         recursive: bool,
         dry_run: bool,
     ) -> Result<Reply> {
+        let _alone = self.unused(targets, recursive)?;
+        block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+    }
+
+    /// Refuses where a device serves something of what a removal names; the devices, which stay as they are.
+    pub(super) fn unused(
+        &self,
+        targets: &[VolumePath],
+        recursive: bool,
+    ) -> Result<MutexGuard<'_, Devices>> {
         let devices = self.devices();
         let goes = |path: &VolumePath| {
             targets.iter().any(|target| {
@@ -31,7 +43,7 @@ impl Host {
             devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
         )?;
         devices.exports().refuse(&self.name, "remove", goes)?;
-        block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+        Ok(devices)
     }
 
     /// Removes the snapshots of a volume that nothing keeps, all together.

@@ -33,6 +33,24 @@ fn commands_go_through_the_daemon() {
 }
 
 #[test]
+fn memory_for_metadata_is_what_was_asked_for() {
+    let machine = Machine::with_pool();
+    let line = machine
+        .run(&["serve", "p0", "--metadata-cache", "15M"])
+        .stderr;
+    assert!(line.contains("16M"), "{line}");
+    assert_eq!(
+        machine.run(&["serve", "p0", "--metadata-cache", "1"]).code,
+        2
+    );
+    let daemon = machine.serve_with("p0", &["--metadata-cache", "16M"]);
+    machine.ok(&["create", "p0/v", "--size", "4M"]);
+    let stats = machine.json(&["stats", "--json", "p0"]);
+    assert!(stats[0]["metadata_bytes"].as_u64().unwrap() <= 16 << 20);
+    assert_eq!(daemon.terminate(), Some(0));
+}
+
+#[test]
 fn a_second_daemon_is_refused() {
     let machine = Machine::with_pool();
     let daemon = machine.serve();

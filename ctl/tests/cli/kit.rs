@@ -130,8 +130,15 @@ impl Machine {
     /// Starts `serve` of a pool in the foreground and waits until it answers.
     #[track_caller]
     pub(crate) fn serve_pool(&self, pool: &str) -> Daemon {
+        self.serve_with(pool, &[])
+    }
+
+    /// The same, with options.
+    #[track_caller]
+    pub(crate) fn serve_with(&self, pool: &str, options: &[&str]) -> Daemon {
         let log = fs::File::create(self.path("serve.log")).expect("a log");
         let mut command = self.command(&["serve", pool]);
+        command.args(options);
         let child = command
             .stdout(Stdio::null())
             .stderr(log)

@@ -405,6 +405,54 @@ fn what_is_served_counts_as_attached() {
 }
 
 #[test]
+fn space_that_a_removal_waited_for_is_back() {
+    let machine = machine();
+    let status = || machine.json(&["pool", "status", "p0", "--json"]);
+    let daemon = machine.serve();
+    machine.ok(&["rm", "--wait", "p0/v"]);
+    let (used, free) = (
+        status()["used_bytes"].clone(),
+        status()["free_bytes"].clone(),
+    );
+    machine.ok(&["create", "p0/w", "--size", "16M"]);
+    let serving = Serving::start(&machine, &["p0/w"]);
+    let mut client = serving.client();
+    for number in 0..8 {
+        for at in (0..4096 * 2048).step_by(65536) {
+            client.write(at + number * 4096, &[7; 4096]).unwrap();
+        }
+        machine.ok(&["snapshot", &format!("p0/w@{number}")]);
+    }
+    assert_eq!(serving.end(), (Some(0), String::new()));
+    let said = machine.ok(&["rm", "-n", "-r", "p0/w"]);
+    assert!(said.contains("would free 4."), "{said}");
+    let said = machine.run(&["rm", "--wait", "-r", "p0/w"]);
+    assert_eq!(
+        (said.code, said.stdout.as_str(), said.stderr.as_str()),
+        (0, "", "")
+    );
+    let now = status();
+    assert_eq!(
+        (&now["reclaiming"], &now["backlog_bytes"]),
+        (&0.into(), &0.into())
+    );
+    assert_eq!((&now["used_bytes"], &now["free_bytes"]), (&used, &free));
+    assert_eq!(
+        machine.json(&["stats", "--json", "p0"])[0]["backlog_bytes"],
+        0
+    );
+    let text = machine.ok(&["pool", "status", "p0"]);
+    assert!(
+        text.lines().any(|line| line.starts_with("backlog")),
+        "{text}"
+    );
+    // Nothing is on its way, and a list says nothing of it.
+    assert_eq!(machine.run(&["list"]).stderr, "");
+    assert_eq!(daemon.terminate(), Some(0));
+    machine.ok(&["pool", "check", "p0"]);
+}
+
+#[test]
 fn everything_is_durable_and_gone_when_the_command_has_ended() {
     let machine = machine();
     let serving = Serving::start(&machine, &["p0/v"]);

@@ -4,7 +4,7 @@ use super::{catalog, write_superblocks};
 use crate::device::{BlockBuf, Device};
 use crate::error::{ErrorKind, Result};
 use crate::format::counts::{encode_counts, encode_index};
-use crate::format::layout::{index_slot, region_slot};
+use crate::format::layout::{Slot, index_slot, region_slot};
 use crate::format::map_page;
 use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
 use crate::format::superblock::Superblock;
@@ -19,6 +19,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const RUN_BLOCKS: usize = 64;
 /// Shorter runs of freed blocks are not worth a discard.
 const DISCARD_BLOCKS_MIN: u64 = 16;
+
+/// So many freed blocks are made free under one hold of the lock.
+const FREED_BLOCKS_MAX: u64 = 8192;
 
 /// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
 const BALLAST_BLOCKS_MAX: u64 = 4096;
@@ -270,8 +273,15 @@ impl Checkpoints {
         commit.tail.oldest = unfinished.cut;
         commit.has_gap = false;
         drop(commit);
-        discard(device, &frozen.pending).await;
-        ledger.adjust(|metadata| metadata.space.reuse(&frozen.pending));
+        ledger.adjust(|metadata| metadata.map.set_durable(frozen.generation));
+        let freed = discard(device, &frozen.pending).await;
+        for (runs, is_stale) in [(&freed.short, true), (&freed.given_back, false)] {
+            for some in pieces(runs) {
+                ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
+            }
+        }
+        // No durable state leads to these slots any more, and the next checkpoint has not begun.
+        discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);
         self.written.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -391,8 +401,60 @@ fn encode(page: &Page<'_>, pba: Pba, pool: PoolId, generation: Generation) -> Pa
     }
 }
 
+/// Freed blocks, as runs.
+struct Freed {
+    /// Given back to the device below.
+    given_back: Vec<Extent>,
+    /// Not worth a discard by themselves; the background work gives them back.
+    short: Vec<Extent>,
+}
+
+/// Runs in pieces, each short enough to be freed under one hold of the lock.
+fn pieces(runs: &[Extent]) -> impl Iterator<Item = Vec<Extent>> {
+    let mut rest = runs.iter().copied();
+    let mut cut: Option<Extent> = None;
+    std::iter::from_fn(move || {
+        let mut piece = Vec::new();
+        let mut room = FREED_BLOCKS_MAX;
+        while room > 0 {
+            let Some(run) = cut.take().or_else(|| rest.next()) else {
+                break;
+            };
+            let count = run.count.min(room);
+            piece.push(Extent::new(run.start, count));
+            room -= count;
+            if count < run.count {
+                cut = Some(Extent::new(run.start.plus(count), run.count - count));
+            }
+        }
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Gives the slots of regions back to the device below that stand on disk no more.
+async fn discard_slots<D: Device>(device: &D, regions: &[u64]) {
+    let mut runs: Vec<Extent> = Vec::new();
+    for region in regions {
+        // Low and high halves, slot A, then slot B.
+        let slots = Extent::new(region_slot(*region, Slot::A, false), 4);
+        match runs.last_mut() {
+            Some(last) if last.end() == slots.start => last.count += slots.count,
+            _ => runs.push(slots),
+        }
+    }
+    for run in runs {
+        if let Err(error) = device
+            .discard(run.start.offset(), run.count * BLOCK_BYTES)
+            .await
+        {
+            tracing::warn!(%error, "room of block counts could not be given back");
+            return;
+        }
+    }
+}
+
 /// Gives freed blocks back to the device below, in runs.
-async fn discard<D: Device>(device: &D, freed: &[Extent]) {
+async fn discard<D: Device>(device: &D, freed: &[Extent]) -> Freed {
     let mut sorted = freed.to_vec();
     sorted.sort_unstable();
     let mut runs: Vec<Extent> = Vec::new();
@@ -402,12 +464,22 @@ async fn discard<D: Device>(device: &D, freed: &[Extent]) {
             _ => runs.push(extent),
         }
     }
-    for run in runs.iter().filter(|run| run.count >= DISCARD_BLOCKS_MIN) {
+    let (mut given_back, short): (Vec<Extent>, Vec<Extent>) = runs
+        .into_iter()
+        .partition(|run| run.count >= DISCARD_BLOCKS_MIN);
+    let mut done = 0;
+    for run in &given_back {
         let bytes = run.count * BLOCK_LEN as u64;
         if let Err(error) = device.discard(run.start.offset(), bytes).await {
             // A discard is advice: the blocks are free all the same.
             tracing::warn!(%error, "freed space could not be given back");
-            return;
+            break;
         }
+        done += 1;
+    }
+    let refused = given_back.split_off(done);
+    Freed {
+        given_back,
+        short: [short, refused].concat(),
     }
 }

@@ -13,6 +13,9 @@ pub(crate) const ENTRY_BYTES: usize = 16;
 const _: () = assert!(REGION_LEN as u64 == REGION_BLOCKS && INDEX_LEN as u64 == INDEX_ENTRIES);
 const _: () = assert!(REGION_LEN * 2 <= BODY_BYTES && INDEX_LEN * ENTRY_BYTES <= BODY_BYTES);
 
+const WIDE: u8 = 1;
+const UNTRIMMED: u8 = 2;
+
 /// Half of the counts of a region's blocks.
 pub(crate) type Halves = [u16; REGION_LEN];
 
@@ -23,6 +26,8 @@ pub(crate) struct IndexEntry {
     pub(crate) place: Option<(Slot, Generation)>,
     /// Whether the counts have high halves (count pages only).
     pub(crate) is_wide: bool,
+    /// Whether free blocks of the region may still hold room of the device below (count pages only).
+    pub(crate) is_untrimmed: bool,
     /// Blocks with count 0 (count pages only).
     pub(crate) free: u64,
 }
@@ -66,7 +71,8 @@ impl IndexEntry {
         };
         writer.u48(generation);
         writer.u8(code);
-        writer.u8(u8::from(self.is_wide));
+        let flag = |is_set: bool, flag| if is_set { flag } else { 0 };
+        writer.u8(flag(self.is_wide, WIDE) | flag(self.is_untrimmed, UNTRIMMED));
         writer.u64(self.free);
     }
 
@@ -79,9 +85,14 @@ impl IndexEntry {
             2 => Some((Slot::B, generation)),
             _ => return Err(Error::corrupt("count index: a place that cannot be")),
         };
+        let flags = reader.u8()?;
+        if flags & !(WIDE | UNTRIMMED) != 0 {
+            return Err(Error::corrupt("count index: a flag that cannot be"));
+        }
         Ok(Self {
             place,
-            is_wide: reader.u8()? != 0,
+            is_wide: flags & WIDE != 0,
+            is_untrimmed: flags & UNTRIMMED != 0,
             free: reader.u64()?,
         })
     }

@@ -337,6 +337,8 @@ impl Metadata {
             tracing::error!(%error, "no block of this region is given out any more");
             self.space.close_region(region);
         }
+        // Here too, so that whoever reads fast cannot outrun the background work.
+        self.evict();
         supplied
     }
 

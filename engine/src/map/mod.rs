@@ -21,7 +21,9 @@ use crate::format::page::PagePtr;
 use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A map page in memory.
 #[derive(Clone, Debug)]
@@ -35,8 +37,23 @@ pub(crate) struct MapPage {
 #[derive(Debug)]
 struct Cached {
     generation: Generation,
+    /// Somebody looked at it since the last time that eviction came by.
+    is_used: AtomicBool,
     page: MapPage,
 }
+
+impl Cached {
+    fn new(generation: Generation, page: MapPage) -> Self {
+        Self {
+            generation,
+            is_used: AtomicBool::new(true),
+            page,
+        }
+    }
+}
+
+/// So many pages are looked at by one call of [`MapStore::evict`], so that nobody waits long for it.
+const LOOKED_AT_MAX: usize = 64;
 
 /// A page that a checkpoint writes.
 #[derive(Debug)]
@@ -53,6 +70,12 @@ pub(crate) struct MapStore {
     generation: Generation,
     /// Pages made in this generation; those released since are not in `pages` any more.
     dirty: Vec<PagePtr>,
+    /// The pages in memory, in the order in which eviction looks at them, and some that are gone.
+    order: VecDeque<PagePtr>,
+    /// The last generation that is durable.
+    durable: Generation,
+    /// So many pages may be in memory.
+    pages_max: usize,
 }
 
 /// The child of an inner page that leads to `lba`.
@@ -90,13 +113,41 @@ fn empty_node(level: u8) -> Node {
 }
 
 impl MapStore {
-    /// A store whose new pages are of `generation`.
+    /// A store whose new pages are of `generation`; those before it are durable.
     pub(crate) fn new(generation: Generation) -> Self {
         Self {
             pages: FxHashMap::default(),
             generation,
             dirty: Vec::new(),
+            order: VecDeque::new(),
+            durable: Generation(generation.0.saturating_sub(1)),
+            pages_max: usize::MAX,
         }
+    }
+
+    /// The last generation that is durable.
+    pub(crate) fn durable(&self) -> Generation {
+        self.durable
+    }
+
+    /// Everything up to this generation is durable.
+    pub(crate) fn set_durable(&mut self, durable: Generation) {
+        self.durable = durable;
+    }
+
+    /// Lets so many pages be in memory.
+    pub(crate) fn limit(&mut self, pages: usize) {
+        self.pages_max = pages;
+    }
+
+    /// Pages in memory.
+    pub(crate) fn loaded_pages(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Whether so many pages are of this generation that few of those in memory could be dropped.
+    pub(crate) fn is_mostly_dirty(&self) -> bool {
+        self.dirty.len() > self.pages_max / 2
     }
 
     /// The generation of pages made now.
@@ -108,6 +159,10 @@ impl MapStore {
     pub(crate) fn page(&self, ptr: PagePtr, level: u8) -> Result<&MapPage, Fault> {
         match self.pages.get(&ptr.pba) {
             Some(cached) if cached.generation == ptr.generation && cached.page.level == level => {
+                // A store would take the cache line from the other processors each time.
+                if !cached.is_used.load(Ordering::Relaxed) {
+                    cached.is_used.store(true, Ordering::Relaxed);
+                }
                 Ok(&cached.page)
             }
             _ => Err(Fault::Missing(Missing::Page(ptr, level))),
@@ -116,30 +171,62 @@ impl MapStore {
 
     /// Puts a page from disk into memory, unless a younger one has taken its block meanwhile.
     pub(crate) fn insert_loaded(&mut self, ptr: PagePtr, page: MapPage) {
-        let is_older = |cached: &Cached| cached.generation <= ptr.generation;
-        if self.pages.get(&ptr.pba).is_none_or(is_older) {
-            let generation = ptr.generation;
-            self.pages.insert(ptr.pba, Cached { generation, page });
-        }
-    }
-
-    /// Whether more than `most` pages are in memory.
-    pub(crate) fn is_over(&self, most: usize) -> bool {
-        self.pages.len() > most
-    }
-
-    /// Drops pages of durable generations where more than `most` are in memory, until an eighth of that is free again.
-    pub(crate) fn evict(&mut self, durable: Generation, most: usize) {
-        if !self.is_over(most) {
+        let before = self.pages.get(&ptr.pba).map(|cached| cached.generation);
+        if before.is_some_and(|before| before > ptr.generation) {
             return;
         }
-        let keep = most - most / 8;
-        let mut excess = self.pages.len().saturating_sub(keep);
-        self.pages.retain(|_, cached| {
-            let goes = excess > 0 && cached.generation <= durable;
-            excess -= usize::from(goes);
-            !goes
-        });
+        let cached = Cached::new(ptr.generation, page);
+        self.pages.insert(ptr.pba, cached);
+        if before != Some(ptr.generation) {
+            self.put_in_order(ptr);
+        }
+    }
+
+    /// Adds a page to those that eviction looks at. Some that are gone leave, so that the order stays as short as memory.
+    fn put_in_order(&mut self, ptr: PagePtr) {
+        self.order.push_back(ptr);
+        for _ in 0..2 {
+            if self.order.len() <= 2 * self.pages.len() {
+                break;
+            }
+            let first = self.order.pop_front();
+            self.order.extend(first.filter(|first| self.holds(*first)));
+        }
+    }
+
+    fn holds(&self, ptr: PagePtr) -> bool {
+        let cached = self.pages.get(&ptr.pba);
+        cached.is_some_and(|cached| cached.generation == ptr.generation)
+    }
+
+    /// Whether more pages are in memory than may be.
+    pub(crate) fn is_over(&self) -> bool {
+        self.pages.len() > self.pages_max
+    }
+
+    /// Drops pages of durable generations where more are in memory than may be: what was not looked at since the last time
+    /// goes first.
+    pub(crate) fn evict(&mut self) {
+        for _ in 0..LOOKED_AT_MAX {
+            if !self.is_over() {
+                return;
+            }
+            let Some(ptr) = self.order.pop_front() else {
+                return;
+            };
+            let Some(cached) = self.pages.get(&ptr.pba) else {
+                continue;
+            };
+            if cached.generation != ptr.generation {
+                continue;
+            }
+            let is_used = cached.is_used.swap(false, Ordering::Relaxed);
+            if is_used || cached.generation > self.durable {
+                self.order.push_back(ptr);
+            } else {
+                self.pages.remove(&ptr.pba);
+            }
+        }
     }
 
     /// Ends the generation: its pages are frozen and handed to the checkpoint that writes them.
@@ -176,8 +263,9 @@ impl MapStore {
             pba: space.take_metadata(),
             generation: self.generation,
         };
-        let generation = ptr.generation;
-        self.pages.insert(ptr.pba, Cached { generation, page });
+        self.pages
+            .insert(ptr.pba, Cached::new(ptr.generation, page));
+        self.put_in_order(ptr);
         self.dirty.push(ptr);
         ptr
     }

@@ -9,6 +9,7 @@ use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Extent, Generation, Lba, Pba, Seq};
 use fastrand::Rng;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
 
 const LEAF: u64 = LEAF_ENTRIES as u64;
 const LEVEL_1: u64 = LEAF * 256;
@@ -191,7 +192,7 @@ impl Pair {
         }
         assert!(ptrs.iter().all(|ptr| ptr.generation == generation));
         let pending = self.space.take_pending();
-        self.space.reuse(&pending);
+        self.space.reuse(&pending, true);
         self.space.settle(Seq(self.seq));
     }
 
@@ -424,7 +425,7 @@ fn maps_equal_lists_of_what_they_map() {
 
 #[test]
 #[cfg_attr(miri, ignore = "needs minutes")]
-fn pages_are_evicted_down_to_seven_eighths_and_only_durable_ones() {
+fn durable_pages_that_nobody_looks_at_are_evicted() {
     let mut pair = Pair::new(1);
     let mut owner = pair.live[1].clone();
     for leaf in 0..60 {
@@ -439,17 +440,28 @@ fn pages_are_evicted_down_to_seven_eighths_and_only_durable_ones() {
     }
     let pages = pair.store.pages.len();
     assert_eq!(pages, 61);
-    assert!(pair.store.is_over(60) && !pair.store.is_over(61));
-    pair.store.evict(Generation(0), 40);
+    pair.store.limit(61);
+    assert!(!pair.store.is_over());
+    pair.store.evict();
+    assert_eq!(pair.store.pages.len(), pages, "no more than may be");
+    pair.store.limit(40);
+    for _ in 0..3 {
+        pair.store.evict();
+    }
     assert_eq!(pair.store.pages.len(), pages, "no page is durable");
-    pair.store.evict(Generation(1), pages);
-    assert_eq!(
-        pair.store.pages.len(),
-        pages,
-        "there are no more than may be"
-    );
-    pair.store.evict(Generation(1), 40);
-    assert_eq!(pair.store.pages.len(), 35);
+    assert!(pair.store.is_mostly_dirty());
+    pair.store.freeze();
+    assert!(!pair.store.is_mostly_dirty());
+    pair.store.set_durable(Generation(1));
+    // What is looked at stays: the root, and the leaf number 3.
+    for cached in pair.store.pages.values() {
+        cached.is_used.store(false, Ordering::Relaxed);
+    }
+    let lba = Lba(3 * LEAF);
+    pair.store.resolve(owner.root, lba, 1).unwrap();
+    pair.store.evict();
+    assert_eq!(pair.store.pages.len(), 40);
+    assert!(pair.store.resolve(owner.root, lba, 1).is_ok());
 }
 
 #[test]
@@ -558,4 +570,27 @@ fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
         store.prepare_remap(root, Lba(20), 1, &mut space).is_err(),
         "a leaf names a block that is counted as free"
     );
+}
+
+#[test]
+fn the_order_of_eviction_stays_as_short_as_memory() {
+    let mut store = MapStore::new(Generation(5));
+    let page = super::MapPage {
+        level: 0,
+        mapped: 0,
+        node: std::sync::Arc::new(super::empty_node(0)),
+    };
+    // Pages come and go without eviction, as those of a checkpoint after the other do.
+    for round in 0..1000 {
+        for index in 0..10 {
+            let ptr = PagePtr {
+                pba: Pba(3000 + index),
+                generation: Generation(round),
+            };
+            store.insert_loaded(ptr, page.clone());
+            store.insert_loaded(ptr, page.clone());
+        }
+    }
+    assert_eq!(store.pages.len(), 10);
+    assert!(store.order.len() <= 40, "{}", store.order.len());
 }

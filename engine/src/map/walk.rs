@@ -25,6 +25,8 @@ pub(crate) struct ReclaimStep {
     pub(crate) next: Option<Lba>,
     /// References dropped.
     pub(crate) released: u64,
+    /// Logical blocks that the map held where the step went, as far as that is known without reading more.
+    pub(crate) passed: u64,
 }
 
 impl MapStore {
@@ -126,20 +128,25 @@ impl MapStore {
             return Ok(ReclaimStep {
                 next: None,
                 released: 0,
+                passed: 0,
             });
         };
         // The way down, until a page that others own, a hole or a leaf.
         let mut path = vec![(top, root.level)];
         let mut released = 1;
+        let mut passed = 0;
         let mut entries = None;
         let end = loop {
             let Some(&(ptr, level)) = path.last() else {
                 return Ok(ReclaimStep {
                     next: None,
                     released: 0,
+                    passed: 0,
                 });
             };
             if space.referenced(ptr.pba)? > 1 {
+                // What others own is not read for this: the backlog is an upper bound.
+                passed = self.page(ptr, level).map_or(0, |page| page.mapped);
                 break span_end(level, from);
             }
             match &*self.page(ptr, level)?.node {
@@ -172,6 +179,7 @@ impl MapStore {
         {
             space.release(*entry, Some(seq));
             released += 1;
+            passed += 1;
         }
         // A leaf or a shared page ends where the step does; a page above it goes with its last child.
         for (ptr, level) in path.into_iter().rev() {
@@ -183,6 +191,7 @@ impl MapStore {
         Ok(ReclaimStep {
             next: (!is_done).then_some(end),
             released,
+            passed,
         })
     }
 }

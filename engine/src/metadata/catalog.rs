@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{CatalogEntry, Role, SLOTS_PER_PAGE};
 use crate::limits::{SNAPSHOT_GROUP_MAX, VOLUMES_MAX};
 use crate::name::{Name, VolumePath};
-use crate::units::{Pba, Seq, VolumeId};
+use crate::units::{BLOCK_BYTES, Lba, Pba, Seq, VolumeId};
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +20,24 @@ pub(crate) struct Volume {
     /// For a removed tree: nothing of it is returned before this record is durable.
     pub(crate) removed_at: Seq,
     pub(super) counting: Counting,
+    /// Of a removed tree: blocks that it mapped and that its cursor has passed, as far as that is known.
+    passed: u64,
+}
+
+impl Volume {
+    /// Blocks that a removed tree still maps, at most: what its cursor has passed is gone, and what it shares below
+    /// inner pages is passed without being counted.
+    fn backlog(&self) -> u64 {
+        match self.entry.role {
+            Role::Reclaiming { cursor } => {
+                let beyond = self.entry.bytes.div_ceil(BLOCK_BYTES);
+                let beyond = beyond.saturating_sub(cursor.0);
+                let left = self.entry.mapped_blocks.saturating_sub(self.passed);
+                left.min(beyond)
+            }
+            Role::Volume { .. } | Role::Snapshot { .. } | Role::Hold { .. } => 0,
+        }
+    }
 }
 
 /// All volumes, snapshots, removed trees and holds.
@@ -34,6 +52,8 @@ pub(crate) struct Catalog {
     reclaiming: BTreeSet<VolumeId>,
     /// By snapshot, then by tag.
     holds: BTreeMap<(VolumeId, Name), VolumeId>,
+    /// What all of these still map, at most.
+    backlog_blocks: u64,
     slots: Vec<Option<VolumeId>>,
     free_slots: BTreeSet<usize>,
     dirty_pages: BTreeSet<usize>,
@@ -50,6 +70,7 @@ impl Catalog {
             snapshots: BTreeMap::new(),
             reclaiming: BTreeSet::new(),
             holds: BTreeMap::new(),
+            backlog_blocks: 0,
             slots: Vec::new(),
             free_slots: BTreeSet::new(),
             dirty_pages: BTreeSet::new(),
@@ -175,6 +196,27 @@ impl Catalog {
         &self.reclaiming
     }
 
+    /// Blocks that removed trees still map, at most.
+    pub(crate) fn backlog_blocks(&self) -> u64 {
+        self.backlog_blocks
+    }
+
+    /// Blocks that this removed tree still maps, at most; none for anything else.
+    pub(crate) fn backlog_of(&self, id: VolumeId) -> u64 {
+        self.volumes.get(&id).map_or(0, Volume::backlog)
+    }
+
+    /// Moves the cursor of a removed tree on, past so many blocks that it mapped.
+    pub(crate) fn advance_cursor(&mut self, id: VolumeId, cursor: Lba, passed: u64) -> Result<()> {
+        let before = self.backlog_of(id);
+        let volume = self.get_mut(id)?;
+        volume.entry.role = Role::Reclaiming { cursor };
+        volume.passed += passed;
+        let after = volume.backlog();
+        self.backlog_blocks = (self.backlog_blocks + after).saturating_sub(before);
+        Ok(())
+    }
+
     pub(crate) fn volume_count(&self) -> usize {
         self.by_name.len()
     }
@@ -283,7 +325,9 @@ impl Catalog {
             goal: Pba(0),
             removed_at,
             counting: Counting::default(),
+            passed: 0,
         };
+        self.backlog_blocks += volume.backlog();
         self.volumes.insert(id, volume);
     }
 
@@ -291,6 +335,7 @@ impl Catalog {
         if let Some(volume) = self.volumes.get(&id) {
             self.kin.remove(&volume.entry);
         }
+        self.backlog_blocks = self.backlog_blocks.saturating_sub(self.backlog_of(id));
         match self.volumes.get(&id).map(|volume| &volume.entry.role) {
             Some(Role::Volume { name, .. }) => {
                 self.by_name.remove(name);

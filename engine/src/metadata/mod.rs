@@ -440,7 +440,7 @@ impl Metadata {
         let step = self.map.reclaim(entry.root, cursor, seq, &mut self.space)?;
         match step.next {
             None => self.catalog.remove(id),
-            Some(next) => self.catalog.get_mut(id)?.entry.role = Role::Reclaiming { cursor: next },
+            Some(next) => self.catalog.advance_cursor(id, next, step.passed)?,
         }
         Ok(step)
     }
@@ -463,6 +463,44 @@ fn empty_volume(id: VolumeId, role: Role, bytes: u64, created: Timestamp) -> Cat
             own: Some(Own::default()),
             ..Kin::default()
         },
+    }
+}
+
+/// Bytes of memory that a map page takes, with what leads to it.
+const PAGE_BYTES: u64 = 4400;
+/// The same for the counts of a region, whose counts are not wide.
+const REGION_BYTES: u64 = 4700;
+
+impl Metadata {
+    /// Bounds the memory of map pages and counts: three quarters for pages, of which there are 1,984 for each 512 regions
+    /// where every block is mapped, and one for counts.
+    pub(crate) fn limit(&mut self, bytes: u64) {
+        let part =
+            |quarters, each| usize::try_from(bytes / 4 * quarters / each).unwrap_or(usize::MAX);
+        self.map.limit(part(3, PAGE_BYTES));
+        self.space.limit(part(1, REGION_BYTES));
+    }
+
+    /// Bytes of memory that map pages and counts take now.
+    pub(crate) fn cached_bytes(&self) -> u64 {
+        self.map.loaded_pages() as u64 * PAGE_BYTES
+            + self.space.loaded_regions() as u64 * REGION_BYTES
+    }
+
+    /// Whether more of it is in memory than may be.
+    pub(crate) fn is_over(&self) -> bool {
+        self.map.is_over() || self.space.is_over()
+    }
+
+    /// Whether so much of it changed that a checkpoint has to come before much can be dropped.
+    pub(crate) fn is_mostly_dirty(&self) -> bool {
+        self.map.is_mostly_dirty() || self.space.is_mostly_dirty()
+    }
+
+    /// Drops a little of what is too much and can be read again.
+    pub(crate) fn evict(&mut self) {
+        self.map.evict();
+        self.space.evict(self.map.durable());
     }
 }
 

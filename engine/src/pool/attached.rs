@@ -373,6 +373,16 @@ impl AttachedVolume {
         self.is_read_only
     }
 
+    /// Requests since it was attached.
+    pub(super) fn requests(&self) -> u64 {
+        let counters = &self.counters;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        load(&counters.reads.requests)
+            + load(&counters.writes.requests)
+            + load(&counters.flushes)
+            + load(&counters.discards)
+    }
+
     /// The counters, as of `now_ns`.
     pub(super) fn stats(&self, path: VolumePath, now_ns: u64) -> VolumeStats {
         let counters = &self.counters;

@@ -1,7 +1,7 @@
 //! Looking: the list of volumes, the pool's state, its counters.
 
 use super::Pool;
-use super::report::{Entry, EntryKind, OutlineEntry, PoolStats, PoolStatus, Redirect};
+use super::report::{Backlog, Entry, EntryKind, OutlineEntry, PoolStats, PoolStatus, Redirect};
 use crate::device::Device;
 use crate::error::Result;
 use crate::format::catalog::{Own, Role};
@@ -97,12 +97,33 @@ impl Pool {
                 volumes: catalog.volume_count() as u64,
                 snapshots: catalog.snapshot_count() as u64,
                 reclaiming: catalog.reclaiming().len() as u64,
+                backlog_bytes: catalog.backlog_blocks() * BLOCK_BYTES,
                 generation: generation.0,
                 created: self.created,
                 poisoned: is_poisoned,
                 warnings,
             }
         })
+    }
+
+    /// What of these is still to be returned; they are numbers that [`super::Removal::ids`] gave.
+    pub fn backlog(&self, ids: &[VolumeId]) -> Result<Backlog> {
+        // Of a pool that takes no more writes nothing comes back.
+        self.ledger.check_poison()?;
+        let work = &self.maintenance;
+        let mut backlog = Backlog {
+            is_settled: work.is_settled(),
+            ..Backlog::default()
+        };
+        self.ledger.look(|metadata| {
+            let catalog = &metadata.catalog;
+            for id in ids.iter().filter(|id| catalog.reclaiming().contains(id)) {
+                backlog.trees += 1;
+                backlog.unreadable += u64::from(work.is_parked(*id));
+                backlog.bytes += catalog.backlog_of(*id) * BLOCK_BYTES;
+            }
+        });
+        Ok(backlog)
     }
 
     /// The counters.
@@ -124,7 +145,9 @@ impl Pool {
             checkpoints,
             checkpoint_ns,
             reclaiming: status.reclaiming,
+            backlog_bytes: status.backlog_bytes,
             reclaimed_blocks: self.maintenance.reclaimed(),
+            metadata_bytes: self.ledger.look(Metadata::cached_bytes),
             pending_bytes: status.pending_bytes,
             volumes,
         }

@@ -11,11 +11,14 @@ mod maintain;
 mod mend;
 mod open;
 mod own;
+mod pace;
 mod reach;
 mod recovery;
 mod repair;
 mod report;
 mod snapshots;
+#[cfg(test)]
+mod tests;
 mod volumes;
 
 pub use crate::datapath::Run;

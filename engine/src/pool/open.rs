@@ -16,7 +16,7 @@ use crate::format::counts::IndexEntry;
 use crate::format::layout::{TOP_ENTRIES, journal, usable_blocks};
 use crate::format::superblock::Superblock;
 use crate::journal::{Ledger, Ring, RingOwner};
-use crate::limits::{POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
+use crate::limits::{METADATA_CACHE_BYTES_DEFAULT, POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
 use crate::name::Name;
 use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{BLOCK_BYTES, Generation, PoolId, Seq, Timestamp};
@@ -162,6 +162,8 @@ impl Pool {
                 return Err(error);
             }
         };
+        let mut metadata = metadata;
+        metadata.limit(METADATA_CACHE_BYTES_DEFAULT);
         let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
             metadata,

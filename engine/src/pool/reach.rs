@@ -117,6 +117,8 @@ impl Reach {
         without: &BTreeSet<VolumeId>,
         progress: &mut dyn FnMut(u64),
     ) -> Self {
+        metadata.map.set_durable(durable);
+        metadata.map.limit(PAGES_KEPT);
         let mut reach = Self::default();
         for ptr in metadata.catalog_places.iter().flatten().flatten() {
             reach.refer(ptr.pba);
@@ -124,7 +126,7 @@ impl Reach {
         }
         let entries: Vec<CatalogEntry> = metadata.catalog.entries().into_iter().cloned().collect();
         for entry in entries.iter().filter(|entry| !without.contains(&entry.id)) {
-            reach.map(device, metadata, durable, entry, progress).await;
+            reach.map(device, metadata, entry, progress).await;
         }
         reach
     }
@@ -154,7 +156,6 @@ impl Reach {
         &mut self,
         device: &D,
         metadata: &mut Metadata,
-        durable: Generation,
         entry: &CatalogEntry,
         progress: &mut dyn FnMut(u64),
     ) {
@@ -198,7 +199,7 @@ impl Reach {
                 self.edges.push((child.ptr.pba, visit.ptr.pba));
                 visits.push(child);
             }
-            metadata.map.evict(durable, PAGES_KEPT);
+            metadata.map.evict();
             progress(self.pages + self.data_blocks);
         }
         self.own.insert(entry.id, own);

@@ -104,6 +104,8 @@ pub struct PoolStatus {
     pub snapshots: u64,
     /// Removed volumes and snapshots whose space is still being returned.
     pub reclaiming: u64,
+    /// Bytes that these still hold, at most: what others share with them does not come back.
+    pub backlog_bytes: u64,
     /// The last durable checkpoint.
     pub generation: u64,
     /// When it was created.
@@ -119,8 +121,23 @@ pub struct PoolStatus {
 pub struct Removal {
     /// What goes, snapshots before their volume.
     pub targets: Vec<VolumePath>,
-    /// Bytes that come back.
-    pub freed_bytes: u64,
+    /// Bytes that come back, where only that was asked: to know takes a walk over all that goes.
+    pub freed_bytes: Option<u64>,
+    /// The numbers of what goes, by which [`crate::pool::Pool::backlog`] knows them.
+    pub ids: Vec<VolumeId>,
+}
+
+/// What of removed volumes and snapshots is still to be returned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backlog {
+    /// How many of them hold space.
+    pub trees: u64,
+    /// Of those, how many cannot be read, so that their space does not come back.
+    pub unreadable: u64,
+    /// Bytes that they hold, at most: what others share with them does not come back.
+    pub bytes: u64,
+    /// Whether a checkpoint has made all that was returned free.
+    pub is_settled: bool,
 }
 
 /// A run of a diff.
@@ -291,8 +308,12 @@ pub struct PoolStats {
     pub checkpoint_ns: u64,
     /// Removed volumes and snapshots whose space is still being returned.
     pub reclaiming: u64,
+    /// Bytes that these still hold, at most: what others share with them does not come back.
+    pub backlog_bytes: u64,
     /// Blocks that reclaim has returned since the pool was opened.
     pub reclaimed_blocks: u64,
+    /// Bytes of memory that maps and counts take.
+    pub metadata_bytes: u64,
     /// Bytes released, reusable after the next checkpoint.
     pub pending_bytes: u64,
     /// Attached volumes and snapshots.

@@ -178,11 +178,17 @@ impl Pool {
         let _change = Change::announce(self, ids);
         // Again, now that nobody attaches any of it.
         let ids = self.removable(targets, recursive)?;
-        let freed_blocks = self.freed_by(device, &ids).await?;
+        // A walk over all that goes, as long as the maps are large: a removal does not wait for it.
+        let freed_bytes = if dry_run {
+            Some(self.freed_by(device, &ids).await? * BLOCK_BYTES)
+        } else {
+            None
+        };
         let paths: Result<Vec<VolumePath>> = ids.iter().map(|id| self.path_of(*id)).collect();
         let removal = Removal {
             targets: paths?,
-            freed_bytes: freed_blocks * BLOCK_BYTES,
+            freed_bytes,
+            ids: ids.clone(),
         };
         if !dry_run {
             let records: Vec<Record> = ids.iter().map(|id| Record::Remove { id: *id }).collect();
@@ -191,6 +197,11 @@ impl Pool {
             self.maintenance.want();
         }
         Ok(removal)
+    }
+
+    /// Refuses a removal that [`Pool::remove`] would refuse; nothing is walked and nothing changed.
+    pub fn check_removable(&self, targets: &[VolumePath], recursive: bool) -> Result<()> {
+        self.removable(targets, recursive).map(drop)
     }
 
     /// What removing `targets` removes, snapshots before their volume, each once.

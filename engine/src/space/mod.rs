@@ -10,6 +10,7 @@ mod reserve;
 mod restore;
 #[cfg(test)]
 mod tests;
+mod trim;
 
 pub(crate) use region::FrozenRegion;
 
@@ -56,6 +57,16 @@ pub(crate) struct SpaceMap {
     regions: Vec<Region>,
     /// Regions whose counts changed since the last freeze.
     dirty: FxHashSet<u64>,
+    /// Regions whose index entry says less than is so.
+    misnoted: FxHashSet<u64>,
+    /// Regions with free blocks that may hold room of the device below.
+    untrimmed: BTreeSet<u64>,
+    /// A region became free from end to end, which a checkpoint would make as if it had never been written.
+    has_vacated: bool,
+    /// Regions whose counts are in memory, in the order in which eviction looks at them.
+    loaded: VecDeque<u64>,
+    /// Counts of so many regions may be in memory.
+    regions_max: usize,
     /// Where the index pages of levels 1 to 3 stand.
     index: [Vec<Option<(Slot, Generation)>>; INDEX_LEVELS as usize],
     /// Blocks that a reservation could take now.
@@ -98,6 +109,11 @@ impl SpaceMap {
             journal,
             regions: Vec::new(),
             dirty: FxHashSet::default(),
+            misnoted: FxHashSet::default(),
+            untrimmed: BTreeSet::new(),
+            has_vacated: false,
+            loaded: VecDeque::new(),
+            regions_max: usize::MAX,
             index: Default::default(),
             available: 0,
             cursor: 0,
@@ -335,11 +351,12 @@ impl SpaceMap {
         std::mem::take(&mut self.pending)
     }
 
-    /// Makes released blocks free again: no durable state names them and nobody uses them any more.
-    pub(crate) fn reuse(&mut self, extents: &[Extent]) {
+    /// Makes released blocks free again: no durable state names them and nobody uses them any more. `is_stale`: they may
+    /// hold room of the device below.
+    pub(crate) fn reuse(&mut self, extents: &[Extent], is_stale: bool) {
         for extent in extents {
             self.pending_blocks -= extent.count;
-            self.set_free(*extent);
+            self.set_free(*extent, is_stale);
         }
     }
 
@@ -373,12 +390,19 @@ impl SpaceMap {
         let (blocks, journal) = (self.blocks, self.journal);
         let index = usize::try_from(region).ok();
         match index.and_then(|index| self.regions.get_mut(index)) {
-            Some(slot) => slot.load(region, blocks, journal, low, high),
+            Some(slot) => {
+                let was_loaded = slot.is_loaded();
+                slot.load(region, blocks, journal, low, high)?;
+                if !was_loaded {
+                    self.loaded.push_back(region);
+                }
+                Ok(())
+            }
             None => Err(Error::corrupt("a region beyond the pool")),
         }
     }
 
-    /// Whether a region's counts are in memory. Once there, they stay.
+    /// Whether a region's counts are in memory.
     pub(crate) fn has_region(&self, region: u64) -> bool {
         let index = usize::try_from(region).ok();
         let region = index.and_then(|index| self.regions.get(index));
@@ -429,6 +453,9 @@ impl SpaceMap {
         } else if let Some(region) = self.regions.get_mut(position) {
             self.available -= region.available();
             region.set_entry(entry)?;
+            if region.is_untrimmed() {
+                self.untrimmed.insert(position as u64);
+            }
             self.available += region.available();
             return Ok(());
         }
@@ -457,20 +484,29 @@ impl SpaceMap {
             let Ok(index) = usize::try_from(region) else {
                 continue;
             };
-            frozen
-                .regions
-                .push(self.regions[index].freeze(region, generation));
+            let frozen_region = &mut self.regions[index];
+            if frozen_region.is_blank() {
+                frozen
+                    .vacated
+                    .extend(frozen_region.vacate().then_some(region));
+            } else {
+                frozen
+                    .regions
+                    .push(frozen_region.freeze(region, generation));
+            }
             pages.insert(region / INDEX_ENTRIES);
         }
+        self.has_vacated = false;
+        let misnoted = std::mem::take(&mut self.misnoted);
+        pages.extend(misnoted.into_iter().map(|region| region / INDEX_ENTRIES));
         for level in 1..=INDEX_LEVELS {
             for page in std::mem::take(&mut pages) {
                 let place = &mut self.index[usize::from(level) - 1]
                     [usize::try_from(page).unwrap_or(usize::MAX)];
                 let slot = place.map_or(Slot::A, |(slot, _)| slot.other());
                 *place = Some((slot, generation));
-                frozen
-                    .index
-                    .push((level, page, slot, self.index_page(level, page)));
+                let content = self.index_page(level, page);
+                frozen.index.push((level, page, slot, content));
                 pages.insert(page / INDEX_ENTRIES);
             }
             // The pages of the next level; those just inserted belong to it.
@@ -485,12 +521,13 @@ impl SpaceMap {
         frozen
     }
 
-    fn index_page(&self, level: u8, page: u64) -> Box<Index> {
+    fn index_page(&mut self, level: u8, page: u64) -> Box<Index> {
         let mut index = empty_index();
         let first = usize::try_from(page * INDEX_ENTRIES).unwrap_or(usize::MAX);
         if level == 1 {
-            for (entry, region) in index.iter_mut().zip(self.regions.iter().skip(first)) {
+            for (entry, region) in index.iter_mut().zip(self.regions.iter_mut().skip(first)) {
                 *entry = region.entry();
+                region.note();
             }
         } else {
             let below = &self.index[usize::from(level) - 2];
@@ -506,6 +543,8 @@ impl SpaceMap {
 #[derive(Debug)]
 pub(crate) struct FrozenSpace {
     pub(crate) regions: Vec<FrozenRegion>,
+    /// Regions that stand on disk no more: their slots are of no use once the checkpoint is durable.
+    pub(crate) vacated: Vec<u64>,
     /// Level, number, slot and content of index pages.
     pub(crate) index: Vec<(u8, u64, Slot, Box<Index>)>,
     pub(crate) top: Box<[IndexEntry; TOP_ENTRIES]>,
@@ -515,6 +554,7 @@ impl Default for FrozenSpace {
     fn default() -> Self {
         Self {
             regions: Vec::new(),
+            vacated: Vec::new(),
             index: Vec::new(),
             top: Box::new([IndexEntry::default(); TOP_ENTRIES]),
         }

@@ -5,6 +5,7 @@ use crate::format::counts::{Halves, IndexEntry, REGION_LEN};
 use crate::format::layout::{self, REGION_BLOCKS, Slot};
 use crate::units::{Extent, Generation, Pba};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const WORDS: usize = REGION_LEN / 64;
 const _: () = assert!(WORDS * 64 == REGION_LEN);
@@ -14,6 +15,14 @@ const _: () = assert!(WORDS * 64 == REGION_LEN);
 pub(crate) struct Region {
     place: Option<(Slot, Generation)>,
     is_wide: bool,
+    /// Some free block may hold room of the device below.
+    is_untrimmed: bool,
+    /// What the index on disk says of that, or will once the checkpoint under way is durable.
+    is_noted: bool,
+    /// Somebody looked at its counts since the last time that eviction came by.
+    is_used: AtomicBool,
+    /// Blocks that are part of the pool and have no fixed use.
+    usable: u64,
     /// Blocks with count 0 that are part of the pool and have no fixed use.
     free: u64,
     /// Of those, the ones neither reserved nor pending.
@@ -28,6 +37,8 @@ struct Loaded {
     high: Option<Arc<Halves>>,
     /// A set bit: the block can't be taken.
     taken: [u64; WORDS],
+    /// A set bit: the block, where it is free, may hold room of the device below.
+    stale: [u64; WORDS],
 }
 
 /// A region's counts as a checkpoint writes them.
@@ -58,6 +69,10 @@ impl Region {
         Self {
             place: None,
             is_wide: false,
+            is_untrimmed: false,
+            is_noted: false,
+            is_used: AtomicBool::new(false),
+            usable: free,
             free,
             available: free,
             loaded: None,
@@ -77,6 +92,7 @@ impl Region {
                 gained += 1;
             }
         }
+        self.usable += gained;
         self.free += gained;
         self.available += gained;
         gained
@@ -101,10 +117,109 @@ impl Region {
     }
 
     pub(crate) fn entry(&self) -> IndexEntry {
+        let is_written = self.place.is_some();
         IndexEntry {
             place: self.place,
             is_wide: self.is_wide,
-            free: if self.place.is_some() { self.free } else { 0 },
+            is_untrimmed: is_written && self.may_hold_room(),
+            free: if is_written { self.free } else { 0 },
+        }
+    }
+
+    /// Whether free blocks may hold room of the device below, those included that are reserved or pending.
+    fn may_hold_room(&self) -> bool {
+        self.is_untrimmed || self.free > self.available
+    }
+
+    /// What [`Region::entry`] says is on its way to disk.
+    pub(crate) fn note(&mut self) {
+        self.is_noted = self.entry().is_untrimmed;
+    }
+
+    /// Whether the index on disk says that there is something to trim, and there is not.
+    pub(crate) fn is_misnoted(&self) -> bool {
+        self.is_noted && !self.may_hold_room()
+    }
+
+    /// Whether nothing of it is in use, and the device below has all of it: so it need not stand on disk.
+    pub(crate) fn is_blank(&self) -> bool {
+        self.free == self.usable && self.available == self.free && !self.is_untrimmed
+    }
+
+    /// Whether it stands on disk and need not.
+    pub(crate) fn is_vacant(&self) -> bool {
+        self.place.is_some() && self.is_blank()
+    }
+
+    /// Forgets where its counts stand, all of which are 0. Whether they stood somewhere.
+    pub(crate) fn vacate(&mut self) -> bool {
+        let was_written = self.place.take().is_some();
+        self.is_wide = false;
+        self.is_noted = false;
+        if let Some(loaded) = &mut self.loaded {
+            loaded.high = None;
+        }
+        was_written
+    }
+
+    /// Whether some free block may hold room of the device below.
+    pub(crate) fn is_untrimmed(&self) -> bool {
+        self.is_untrimmed
+    }
+
+    /// Free runs with at least one block that may hold room of the device below, at most `most` of them; whole ones, so
+    /// that what was given back in pieces is given back as a run. They are not stale any more.
+    pub(crate) fn take_stale_runs(&mut self, most: usize) -> Vec<(usize, usize)> {
+        let mut runs = Vec::new();
+        let mut offset = 0;
+        while offset < REGION_LEN && runs.len() < most {
+            let length = self.run_at(offset, REGION_LEN);
+            if length == 0 {
+                offset += 1;
+                continue;
+            }
+            let loaded = self.loaded_mut();
+            let mut is_stale = false;
+            for at in offset..offset + length {
+                let (word, bit) = (at / 64, 1 << (at % 64));
+                is_stale |= loaded.stale[word] & bit != 0;
+                loaded.stale[word] &= !bit;
+            }
+            if is_stale {
+                runs.push((offset, length));
+            }
+            offset += length;
+        }
+        if offset >= REGION_LEN {
+            self.is_untrimmed = false;
+        }
+        runs
+    }
+
+    /// Whether its counts can be dropped from memory: all of it stands on disk as of `durable`, or nothing is to stand
+    /// there, and no block is taken that no count names.
+    pub(crate) fn is_evictable(&self, durable: Generation) -> bool {
+        let is_there = match self.place {
+            Some((_, generation)) => generation <= durable,
+            None => self.free == self.usable,
+        };
+        is_there && self.free == self.available && self.loaded.is_some()
+    }
+
+    /// Drops the counts from memory.
+    pub(crate) fn evict(&mut self) {
+        self.loaded = None;
+    }
+
+    /// Whether somebody looked at it since the last call.
+    pub(crate) fn take_used(&self) -> bool {
+        self.is_used.swap(false, Ordering::Relaxed)
+    }
+
+    fn mark_used(&self) {
+        // A store would take the cache line from the other processors each time.
+        if !self.is_used.load(Ordering::Relaxed) {
+            self.is_used.store(true, Ordering::Relaxed);
         }
     }
 
@@ -120,6 +235,8 @@ impl Region {
         }
         self.place = entry.place;
         self.is_wide = entry.is_wide;
+        self.is_untrimmed = entry.is_untrimmed;
+        self.is_noted = entry.is_untrimmed;
         self.free = entry.free;
         self.available = entry.free;
         Ok(())
@@ -162,11 +279,19 @@ impl Region {
             ))
             .at_pba(Pba(region * REGION_BLOCKS)));
         }
+        // Which of its free blocks have been given back was in memory only.
+        let stale = if self.is_untrimmed {
+            taken.map(|word| !word)
+        } else {
+            [0; WORDS]
+        };
         self.loaded = Some(Box::new(Loaded {
             low: Arc::new(counts),
             high: high.map(|high| Arc::new(*high)),
             taken,
+            stale,
         }));
+        self.mark_used();
         Ok(())
     }
 
@@ -198,15 +323,19 @@ impl Region {
         }
         self.available = self.free;
         self.is_wide = high.iter().any(|half| *half != 0);
+        // Whatever was lost was never given back.
+        self.is_untrimmed = true;
         self.loaded = Some(Box::new(Loaded {
             low: Arc::new(low),
             high: self.is_wide.then(|| Arc::new(high)),
             taken,
+            stale: taken.map(|word| !word),
         }));
     }
 
     pub(crate) fn count(&self, offset: usize) -> Option<u32> {
         let loaded = self.loaded.as_ref()?;
+        self.mark_used();
         let high = loaded
             .high
             .as_ref()
@@ -291,11 +420,18 @@ impl Region {
         true
     }
 
-    /// Gives a taken block back.
-    pub(crate) fn give_back(&mut self, offset: usize) {
+    /// Gives a taken block back; `is_stale`: it may hold room of the device below.
+    pub(crate) fn give_back(&mut self, offset: usize, is_stale: bool) {
         let loaded = self.loaded_mut();
-        loaded.taken[offset / 64] &= !(1 << (offset % 64));
+        let (word, bit) = (offset / 64, 1 << (offset % 64));
+        loaded.taken[word] &= !bit;
+        if is_stale {
+            loaded.stale[word] |= bit;
+        } else {
+            loaded.stale[word] &= !bit;
+        }
         self.available += 1;
+        self.is_untrimmed |= is_stale;
     }
 
     /// The free run from `from`, at most `want` long.

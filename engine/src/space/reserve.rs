@@ -112,14 +112,22 @@ impl SpaceMap {
 
     /// Gives a reservation back.
     pub(crate) fn cancel(&mut self, extent: Extent) {
-        self.set_free(extent);
+        self.set_free(extent, true);
     }
 
-    pub(super) fn set_free(&mut self, extent: Extent) {
-        for pba in extent.blocks() {
-            let (region, offset) = place(pba);
-            let index = usize::try_from(region).unwrap_or(usize::MAX);
-            self.regions[index].give_back(offset);
+    /// Lets blocks be taken again; `is_stale`: they may hold room of the device below.
+    pub(super) fn set_free(&mut self, extent: Extent, is_stale: bool) {
+        let mut rest = extent;
+        while rest.count > 0 {
+            let (number, offset) = place(rest.start);
+            let count = rest.count.min(REGION_BLOCKS - offset as u64);
+            let index = usize::try_from(number).unwrap_or(usize::MAX);
+            let region = &mut self.regions[index];
+            for (offset, _) in (offset..).zip(0..count) {
+                region.give_back(offset, is_stale);
+            }
+            self.note_freed(number);
+            rest = Extent::new(rest.start.plus(count), rest.count - count);
         }
         self.available += extent.count;
     }

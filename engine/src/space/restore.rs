@@ -14,9 +14,14 @@ impl SpaceMap {
             return;
         };
         self.available -= slot.available();
+        let was_loaded = slot.is_loaded();
         slot.set_counts(region, blocks, journal, count_of);
         self.available += slot.available();
         self.dirty.insert(region);
+        self.untrimmed.insert(region);
+        if !was_loaded {
+            self.loaded.push_back(region);
+        }
     }
 
     /// The regions below the index page number `page` of `level`.

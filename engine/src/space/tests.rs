@@ -10,16 +10,23 @@ use std::collections::BTreeMap;
 
 /// What the space says of one block, kept in the simplest way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "a block is any mix of these")]
 struct Block {
     is_fixed: bool,
     is_reserved: bool,
     is_pending: bool,
+    /// It became free and was not given back to the device below.
+    is_stale: bool,
     count: u32,
 }
 
 impl Block {
     fn is_free(self) -> bool {
-        self == Self::default()
+        let Self { is_stale, .. } = self;
+        self == Self {
+            is_stale,
+            ..Self::default()
+        }
     }
 }
 
@@ -29,6 +36,8 @@ struct Pair {
     reserved: Vec<Extent>,
     /// What a freeze took and no reuse has freed yet.
     taken: Vec<Extent>,
+    /// What is being given back to the device below.
+    trimming: Vec<Extent>,
     unsettled: BTreeMap<u64, u64>,
     seq: u64,
     generation: u64,
@@ -76,6 +85,12 @@ fn reload(pair: &mut Pair) -> SpaceMap {
                 .unwrap();
         }
     }
+    for region in 0..layout::region_count(pair.space.blocks()) {
+        if read.region_place(region).is_none() {
+            assert!(!regions.contains_key(&region));
+            read.load(region, None, None).unwrap();
+        }
+    }
     for (region, (low, high)) in regions {
         let (_, generation, is_wide) = read.region_place(region).unwrap();
         assert_eq!(generation, Generation(pair.generation));
@@ -93,6 +108,7 @@ impl Pair {
             blocks: fixed(blocks, journal),
             reserved: Vec::new(),
             taken: Vec::new(),
+            trimming: Vec::new(),
             unsettled: BTreeMap::new(),
             seq: 1,
             generation: 1,
@@ -190,6 +206,9 @@ impl Pair {
             }
         }
         if !is_published {
+            for pba in extent.blocks() {
+                self.at(pba).is_stale = true;
+            }
             self.space.cancel(extent);
         }
     }
@@ -254,12 +273,51 @@ impl Pair {
 
     fn reuse(&mut self) {
         for extent in std::mem::take(&mut self.taken) {
-            self.space.reuse(&[extent]);
+            let is_stale = self.rng.bool();
+            self.space.reuse(&[extent], is_stale);
             for pba in extent.blocks() {
                 self.at(pba).is_pending = false;
+                self.at(pba).is_stale = is_stale;
             }
         }
         self.taken = self.space.take_pending();
+    }
+
+    /// Begins or ends to give free blocks back to the device below.
+    fn trim(&mut self) {
+        if self.rng.bool() {
+            let extents = std::mem::take(&mut self.trimming);
+            self.space.end_trim(&extents);
+            for pba in extents.iter().flat_map(|extent| extent.blocks()) {
+                self.at(pba).is_pending = false;
+            }
+        }
+        let is_stale = |block: &Block| block.is_free() && block.is_stale;
+        let Some(region) = self.space.first_untrimmed() else {
+            assert!(!self.blocks.iter().any(is_stale));
+            return;
+        };
+        let most = [1, 3, usize::MAX][self.rng.usize(..3)];
+        let runs = self.runs(region);
+        let extents = self.space.begin_trim(region, most).unwrap();
+        // Whole runs, and no stale block is left out but for the bound.
+        let stale = runs.iter().filter(|(start, length)| {
+            let from = usize::try_from(*start).unwrap();
+            let run = &self.blocks[from..from + usize::try_from(*length).unwrap()];
+            run.iter().any(is_stale)
+        });
+        let expected: Vec<Extent> = stale
+            .take(most)
+            .map(|(start, length)| Extent::new(Pba(*start), *length))
+            .collect();
+        assert_eq!(extents, expected);
+        for pba in extents.iter().flat_map(|extent| extent.blocks()) {
+            *self.at(pba) = Block {
+                is_pending: true,
+                ..Block::default()
+            };
+        }
+        self.trimming.extend(extents);
     }
 
     fn check(&mut self) {
@@ -314,12 +372,13 @@ fn space_equals_a_list_of_its_blocks() {
         let mut pair = Pair::new(seed, blocks);
         pair.space.keep_back(pair.rng.u64(..3) * 10);
         for step in 0..250 {
-            match pair.rng.u8(..12) {
+            match pair.rng.u8(..14) {
                 0..4 => pair.reserve(),
                 4..7 => pair.publish_or_cancel(),
                 7..9 => pair.retain_and_release(),
                 9 => pair.settle(),
                 10 => pair.take_metadata(),
+                11..13 => pair.trim(),
                 _ => pair.reuse(),
             }
             if step % 25 == 0 {
@@ -527,7 +586,7 @@ fn full_but(free: &[u64]) -> SpaceMap {
     space.set_aside_last(space.available).unwrap();
     space.metadata.clear();
     for pba in free {
-        space.set_free(Extent::new(Pba(*pba), 1));
+        space.set_free(Extent::new(Pba(*pba), 1), false);
     }
     space
 }
@@ -621,4 +680,173 @@ fn what_is_kept_for_metadata_is_no_place_for_data() {
     assert_eq!(space.reserve_at(Pba(7000), 1), None);
     let refused = space.reserve_within(Pba(7000), 32, 0, 1);
     assert!(matches!(refused, Err(Fault::Error(error)) if error.kind() == ErrorKind::OutOfSpace));
+}
+
+/// A space whose regions all stand on disk as of generation 2, with one block of region 1 in use.
+fn written() -> (SpaceMap, Pba) {
+    let blocks = 5 * REGION_BLOCKS;
+    let mut space = loaded(blocks, layout::journal(blocks));
+    let pba = Pba(REGION_BLOCKS + 1000);
+    space.reserve(pba, 1).unwrap();
+    space.publish(pba);
+    for region in 0..layout::region_count(blocks) {
+        space.dirty.insert(region);
+    }
+    space.freeze(Generation(2));
+    (space, pba)
+}
+
+#[test]
+fn counts_leave_memory_when_they_can_be_read_again_and_nobody_looks_at_them() {
+    let (mut space, pba) = written();
+    let all = space.loaded_regions();
+    space.limit(2);
+    assert!(space.is_over());
+    // Not durable yet; but what was never written needs no reading. The first round only takes the marks away.
+    space.evict(Generation(1));
+    space.evict(Generation(1));
+    assert!(space.has_region(1));
+    space.limit(usize::MAX);
+    for region in 0..all as u64 {
+        space.load(region, None, None).unwrap();
+    }
+    assert_eq!(space.loaded_regions(), all);
+    space.limit(1);
+    let available = space.available;
+    for region in &space.regions {
+        region.take_used();
+    }
+    assert_eq!(space.count(pba).unwrap(), 1);
+    space.evict(Generation(2));
+    assert_eq!(space.loaded_regions(), 1);
+    assert!(space.has_region(1) && !space.has_region(2));
+    assert_eq!(space.available, available);
+    // Without room for any: gone, and asked for when needed.
+    space.limit(0);
+    space.evict(Generation(2));
+    space.evict(Generation(2));
+    let fault = space.count(pba).unwrap_err();
+    assert!(matches!(fault, Fault::Missing(super::Missing::Counts(1))));
+    assert_eq!(space.available, available);
+}
+
+#[test]
+fn counts_that_memory_alone_knows_stay() {
+    type Touch = fn(&mut SpaceMap, Pba);
+    let touches: [(&str, Touch, Touch); 4] = [
+        (
+            "reserved",
+            |space, pba| {
+                space.reserve(pba.plus(1), 1).unwrap();
+            },
+            |space, pba| {
+                space.cancel(Extent::new(pba.plus(1), 1));
+            },
+        ),
+        (
+            "changed",
+            |space, pba| space.retain(pba),
+            |space, _| drop(space.freeze(Generation(2))),
+        ),
+        (
+            "pending",
+            |space, pba| space.release(pba, None),
+            |space, _| {
+                space.freeze(Generation(2));
+                let pending = space.take_pending();
+                space.reuse(&pending, false);
+                space.freeze(Generation(2));
+            },
+        ),
+        (
+            "being given back",
+            |space, pba| {
+                space.reserve(pba.plus(1), 1).unwrap();
+                space.cancel(Extent::new(pba.plus(1), 1));
+                assert_eq!(space.begin_trim(1, 9).unwrap().len(), 1);
+            },
+            |space, pba| {
+                let rest = REGION_BLOCKS - 1001;
+                space.end_trim(&[Extent::new(pba.plus(1), rest)]);
+            },
+        ),
+    ];
+    for (what, touch, undo) in touches {
+        let (mut space, pba) = written();
+        touch(&mut space, pba);
+        space.limit(0);
+        for _ in 0..3 {
+            space.evict(Generation(2));
+        }
+        assert!(space.has_region(1), "{what}");
+        undo(&mut space, pba);
+        for _ in 0..3 {
+            space.evict(Generation(2));
+        }
+        assert!(!space.has_region(1), "{what}, and not any more");
+    }
+}
+
+#[test]
+fn a_region_that_is_free_and_given_back_stands_on_disk_no_more() {
+    let (mut space, pba) = written();
+    assert!(space.region_place(1).is_some());
+    space.release(pba, None);
+    let pending = space.take_pending();
+    let frozen = space.freeze(Generation(3));
+    // Its block is not free before the checkpoint is durable; the index says that there is something to give back.
+    assert!(frozen.vacated.is_empty());
+    let entry = |frozen: &super::FrozenSpace| frozen.index[0].3[1];
+    assert!(entry(&frozen).is_untrimmed);
+    assert_eq!(entry(&frozen).free, REGION_BLOCKS);
+    space.reuse(&pending, true);
+    assert!(!space.has_vacated());
+    space.retain(Pba(2 * REGION_BLOCKS));
+    assert!(entry(&space.freeze(Generation(4))).is_untrimmed);
+    let extents = space.begin_trim(1, usize::MAX).unwrap();
+    assert_eq!(extents, [Extent::new(Pba(REGION_BLOCKS), REGION_BLOCKS)]);
+    assert_eq!(space.first_untrimmed(), None);
+    space.end_trim(&extents);
+    assert!(space.has_vacated());
+    let frozen = space.freeze(Generation(5));
+    assert_eq!(frozen.vacated, [1]);
+    assert!(frozen.regions.is_empty());
+    assert_eq!(entry(&frozen), super::IndexEntry::default());
+    assert!(space.region_place(1).is_none() && !space.has_vacated());
+    // Used again, it is written as if for the first time.
+    space.reserve(pba, 1).unwrap();
+    space.publish(pba);
+    let frozen = space.freeze(Generation(6));
+    assert_eq!(frozen.regions[0].region, 1);
+    assert_eq!(frozen.regions[0].slot, layout::Slot::A);
+}
+
+#[test]
+fn what_was_to_be_given_back_is_known_after_reading() {
+    let (mut space, pba) = written();
+    space.reserve(pba.plus(1), 10).unwrap();
+    space.cancel(Extent::new(pba.plus(3), 4));
+    space.retain(pba);
+    let frozen = space.freeze(Generation(3));
+    let mut read = SpaceMap::new(space.blocks(), space.journal);
+    for (level, page, _, content) in &frozen.index {
+        read.load_index(*level, *page, content).unwrap();
+    }
+    assert_eq!(read.first_untrimmed(), Some(1));
+    assert!(matches!(
+        read.begin_trim(1, 9),
+        Err(Fault::Missing(super::Missing::Counts(1)))
+    ));
+    let low = &frozen.regions[0].low;
+    read.load(1, Some(low), None).unwrap();
+    // Which blocks it was is not known: all that are free.
+    let extents = read.begin_trim(1, 9).unwrap();
+    let blocks: u64 = extents.iter().map(|extent| extent.count).sum();
+    assert_eq!(blocks, REGION_BLOCKS - 1);
+    read.end_trim(&extents);
+    assert_eq!(read.first_untrimmed(), None);
+    // The next checkpoint says so, although no count changed.
+    let frozen = read.freeze(Generation(4));
+    assert!(frozen.regions.is_empty());
+    assert!(!frozen.index[0].3[1].is_untrimmed);
 }

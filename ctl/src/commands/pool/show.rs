@@ -90,6 +90,15 @@ fn state_word(status: &Status) -> &'static str {
     }
 }
 
+/// A bound; scripts want the number.
+fn at_most(bytes: u64, format: Format) -> String {
+    if bytes == 0 || format.parsable {
+        format.size(bytes)
+    } else {
+        format!("at most {}", format.size(bytes))
+    }
+}
+
 pub(super) fn status(name: &Name, format: Format) -> Result<()> {
     let entry = Registry::from_env()?.find(name)?;
     let status = status_of(&entry)?;
@@ -117,6 +126,7 @@ pub(super) fn status(name: &Name, format: Format) -> Result<()> {
         ("volumes", pool.volumes.to_string()),
         ("snapshots", pool.snapshots.to_string()),
         ("reclaiming", pool.reclaiming.to_string()),
+        ("backlog", at_most(pool.backlog_bytes, format)),
         ("generation", pool.generation.to_string()),
         (
             "io",

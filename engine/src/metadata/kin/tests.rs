@@ -75,7 +75,7 @@ impl Metadata {
         self.map.freeze();
         self.space.freeze(generation);
         let freed = self.space.take_pending();
-        self.space.reuse(&freed);
+        self.space.reuse(&freed, true);
     }
 }
 

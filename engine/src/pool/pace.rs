@@ -1,0 +1,117 @@
+//! How fast the background work goes: what it may take from whoever uses the pool, and when nobody does.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A pool without a request for so long is idle.
+const QUIET_NS: u64 = 50_000_000;
+/// While somebody uses the pool, the return of space works at most one part in so many of the time.
+const SHARE: u64 = 8;
+/// The longest rest, so that the commit of each second comes in time.
+const REST_NS_MAX: u64 = 100_000_000;
+
+/// What the pace depends on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    /// Somebody uses the pool.
+    pub(super) is_busy: bool,
+    /// Blocks that data can still take.
+    pub(super) free: u64,
+    /// Blocks of the pool.
+    pub(super) blocks: u64,
+}
+
+/// How long the return of space rests after it worked for `worked_ns`: so long that it works one part of [`SHARE`] while
+/// a fifth of the pool is free, less as space runs low, and not at all below a tenth.
+pub(super) fn rest_ns(worked_ns: u64, load: Load) -> u64 {
+    let low = load.blocks / 10;
+    if !load.is_busy || load.free < low {
+        return 0;
+    }
+    let full = worked_ns.saturating_mul(SHARE - 1).min(REST_NS_MAX);
+    let above = (load.free - low).min(low);
+    if above == low {
+        return full;
+    }
+    let part = u128::from(full) * u128::from(above) / u128::from(low);
+    u64::try_from(part).unwrap_or(full)
+}
+
+/// Notices whether somebody uses the pool.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    requests: AtomicU64,
+    quiet_from_ns: AtomicU64,
+}
+
+impl Watch {
+    /// Whether there was a request lately. `requests`: how many there have been.
+    pub(super) fn is_busy(&self, requests: u64, now_ns: u64) -> bool {
+        if self.requests.swap(requests, Ordering::Relaxed) != requests {
+            let quiet_from = now_ns.saturating_add(QUIET_NS);
+            self.quiet_from_ns.store(quiet_from, Ordering::Relaxed);
+        }
+        now_ns < self.quiet_from_ns.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUSY: Load = Load {
+        is_busy: true,
+        free: 500,
+        blocks: 1000,
+    };
+
+    #[test]
+    fn the_return_of_space_takes_an_eighth_of_the_time_while_somebody_works() {
+        assert_eq!(rest_ns(1_000_000, BUSY), 7_000_000);
+        assert_eq!(rest_ns(0, BUSY), 0);
+        // However long a step took, the next is not far.
+        assert_eq!(rest_ns(u64::MAX, BUSY), REST_NS_MAX);
+    }
+
+    #[test]
+    fn nobody_rests_while_nobody_works() {
+        let idle = Load {
+            is_busy: false,
+            ..BUSY
+        };
+        assert_eq!(rest_ns(1_000_000, idle), 0);
+    }
+
+    #[test]
+    fn the_rest_becomes_shorter_as_space_runs_low() {
+        let rest = |free| rest_ns(1_000_000, Load { free, ..BUSY });
+        assert_eq!(rest(200), 7_000_000);
+        assert_eq!(rest(150), 3_500_000);
+        assert_eq!(rest(100), 0);
+        assert_eq!(rest(99), 0);
+        assert_eq!(rest(0), 0);
+        let rests: Vec<u64> = (0..300).map(rest).collect();
+        assert!(rests.is_sorted());
+    }
+
+    #[test]
+    fn a_pool_too_small_for_tenths_has_a_pace() {
+        let small = Load {
+            is_busy: true,
+            free: 5,
+            blocks: 9,
+        };
+        assert_eq!(rest_ns(1_000_000, small), 7_000_000);
+    }
+
+    #[test]
+    fn a_pool_is_idle_a_while_after_its_last_request() {
+        let watch = Watch::default();
+        assert!(!watch.is_busy(0, 5));
+        assert!(watch.is_busy(1, 10));
+        assert!(watch.is_busy(1, 9 + QUIET_NS));
+        assert!(!watch.is_busy(1, 10 + QUIET_NS));
+        assert!(watch.is_busy(3, 11 + QUIET_NS));
+        // Fewer: somebody who had made some is gone.
+        assert!(watch.is_busy(2, 11 + 2 * QUIET_NS));
+    }
+}
