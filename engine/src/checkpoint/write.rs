@@ -274,12 +274,7 @@ impl Checkpoints {
         commit.has_gap = false;
         drop(commit);
         ledger.adjust(|metadata| metadata.map.set_durable(frozen.generation));
-        let freed = discard(device, &frozen.pending).await;
-        for (runs, is_stale) in [(&freed.short, true), (&freed.given_back, false)] {
-            for some in pieces(runs) {
-                ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
-            }
-        }
+        free(ledger, device, &frozen.pending).await;
         // No durable state leads to these slots any more, and the next checkpoint has not begun.
         discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);
@@ -407,6 +402,17 @@ struct Freed {
     given_back: Vec<Extent>,
     /// Not worth a discard by themselves; the background work gives them back.
     short: Vec<Extent>,
+}
+
+/// Lets blocks be handed out again that were pending at the freeze. Until then nobody takes them, so that no discard hits
+/// what somebody wrote.
+async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent]) {
+    let freed = discard(device, pending).await;
+    for (runs, is_stale) in [(&freed.short, true), (&freed.given_back, false)] {
+        for some in pieces(runs) {
+            ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
+        }
+    }
 }
 
 /// Runs in pieces, each short enough to be freed under one hold of the lock.

@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 const AS_NOBODY: [&[&str]; 9] = [
     &["pool", "status", "p0"],
@@ -66,6 +67,7 @@ pub(crate) fn run(program: &Path, quick: bool) -> (Vec<String>, (u64, Vec<String
     if is_root() {
         for is_served in [false, true] {
             let daemon = is_served.then(|| machine.serve());
+            comes_to_rest(&machine);
             for words in AS_NOBODY {
                 let ended = guarded(|| refused_to_nobody(&machine, words));
                 note(
@@ -157,6 +159,17 @@ fn served(machine: &Machine) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Waits until a daemon has given back what the one before it left, so that what changes from here on has another reason.
+fn comes_to_rest(machine: &Machine) {
+    for _ in 0..60 {
+        let before = machine.files();
+        thread::sleep(Duration::from_millis(500));
+        if machine.files() == before {
+            return;
+        }
+    }
 }
 
 fn refused_to_nobody(machine: &Machine, words: &[&str]) -> Result<(), String> {
