@@ -7,6 +7,7 @@ mod histories;
 mod kill_nbd;
 mod model;
 mod open;
+mod scale;
 
 use clap::{Parser, Subcommand};
 use score::{Card, Figure};
@@ -48,6 +49,8 @@ enum Row {
     Model(model::Options),
     /// R14: opening a large pool after a crash
     Open(open::Options),
+    /// Snapshots, volumes, depth, size and time, of which it must not notice how many: `cargo x scale`
+    Scale(scale::Options),
 }
 
 /// What every row is told.
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Row::Histories(options) => histories::run(common, options).into_figures(),
         Row::Model(options) => model::run(common, options).into_figures(),
         Row::Open(options) => open::run(common, options).into_figures(),
+        Row::Scale(options) => scale::run(common, options),
     };
     report(&figures, arguments.json)
 }

@@ -12,6 +12,7 @@ mod power_cut;
 mod profile;
 mod quick;
 mod row;
+mod scale;
 mod sched;
 mod scorecard;
 mod seeded_bugs;
@@ -51,6 +52,8 @@ enum Verb {
     KillNbd(kill_nbd::Options),
     /// Every row of the scorecard, in one table: what is proven, and how far
     Scorecard(scorecard::Options),
+    /// Scale: snapshots, volumes, depth, size and time, of which it must not notice how many, for docs/scaling.md
+    Scale(scale::Options),
     /// R4 of the scorecard: change the code in one place at a time, and count the changes that no test notices
     Mutants(strength::mutants::Options),
     /// R4 of the scorecard: the lines that tests reach where a mistake loses data
@@ -129,6 +132,7 @@ fn run(verb: Verb) -> anyhow::Result<ExitCode> {
         Verb::Bench(options) => return bench::run(&options),
         Verb::Profile(options) => return profile::run(&options),
         Verb::KillNbd(options) => return kill_nbd::run(&options),
+        Verb::Scale(options) => return scale::run(&options),
         Verb::Mutants(options) => return strength::mutants::run(&options),
         Verb::Coverage(options) => return strength::coverage::run(&options),
         Verb::Quick => return quick::run(),

@@ -48,17 +48,17 @@ enum Program {
     Guest,
 }
 
-/// How a row was measured; beside its figures.
+/// How figures were measured; beside them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Run {
+pub struct Run {
     /// What a user types.
-    command: String,
+    pub command: String,
     /// The commit; with a `+` where the tree held something else too.
-    commit: String,
+    pub commit: String,
     /// The day, UTC.
-    date: String,
+    pub date: String,
     /// How long it took, builds included.
-    seconds: u64,
+    pub seconds: u64,
 }
 
 /// One command that gives figures.
@@ -262,14 +262,16 @@ fn git(arguments: &[&str]) -> Result<String> {
     )
 }
 
-fn commit() -> Result<String> {
+/// The commit that is measured; with a `+` where the tree holds something else too.
+pub fn commit() -> Result<String> {
     let commit = git(&["rev-parse", "--short", "HEAD"])?;
     let is_clean = git(&["status", "--porcelain"])?.is_empty();
     let mark = if is_clean { "" } else { "+" };
     Ok(format!("{}{mark}", commit.trim()))
 }
 
-fn today() -> Result<String> {
+/// The day, UTC.
+pub fn today() -> Result<String> {
     let date = command::output(Command::new("date").args(["--utc", "+%Y-%m-%d"]))?;
     Ok(date.trim().to_owned())
 }
