@@ -89,9 +89,8 @@ impl Fixture {
             sector_bytes: 4096,
             redirect: Redirect::Shared,
         };
-        let made = self
-            .pool
-            .create_volume(&self.device, &name.parse().unwrap(), options);
+        let name_of = name.parse().unwrap();
+        let made = self.pool.create_volume(&self.device, &name_of, options);
         block_on(made).unwrap();
         let volume = attach(&self.pool, name);
         let all = BlockBuf::zeroed(usize::try_from(VOLUME_BLOCKS).unwrap());
@@ -109,7 +108,8 @@ impl Fixture {
     }
 
     fn remove(&self, text: &str) {
-        let removed = self.pool.remove(&self.device, &[path(text)], true, false);
+        let target = [path(text)];
+        let removed = self.pool.remove(&self.device, &target, true, false);
         block_on(removed).unwrap();
     }
 
@@ -173,10 +173,11 @@ fn a_clone_two_hundred_deep_is_read_through_as_many_pages_as_the_first() {
     for level in 1..=200 {
         let snapshot = format!("v{}@s", level - 1);
         fixture.snapshot(&snapshot);
+        let snapshot = path(&snapshot);
         let name = format!("v{level}").parse().unwrap();
         let cloned = fixture
             .pool
-            .clone_snapshot(&fixture.device, &path(&snapshot), &name);
+            .clone_snapshot(&fixture.device, &snapshot, &name);
         block_on(cloned).unwrap();
         let volume = attach(&fixture.pool, &format!("v{level}"));
         fixture.write(&volume, rng.u64(..VOLUME_BLOCKS));

@@ -89,7 +89,7 @@ fn read_rate(folder: &Path, metadata_cache: u64, rng: &mut Rng) -> f64 {
     let volume = bench.attach("v");
     let blocks = volume.bytes() / BLOCK_BYTES;
     let warm = blocks / LEAF_BLOCKS * TOUCHES_PER_LEAF;
-    bench.read_rate(&volume, warm, rng);
+    bench.read(&volume, warm, rng);
     let over = Over::default();
     let read = thread::scope(|scope| {
         let (bench, volume, over) = (&bench, &volume, &over);
@@ -100,7 +100,7 @@ fn read_rate(folder: &Path, metadata_cache: u64, rng: &mut Rng) -> f64 {
                     let mut read = 0.0;
                     while !over.is() {
                         read += 64.0;
-                        bench.read_rate(volume, 64, &mut rng);
+                        bench.read(volume, 64, &mut rng);
                     }
                     read
                 })

@@ -2,7 +2,7 @@
 //! list takes, and what reads of the volume notice.
 
 use super::Setting;
-use super::kit::{Bench, last_to_first, median, median_rate, seconds, timed};
+use super::kit::{Bench, PIECE, last_to_first, median, rate, seconds, timed};
 use super::ram::Ram;
 use blockfork::device::BlockBuf;
 use blockfork::pool::Redirect;
@@ -18,11 +18,10 @@ const POOL_BLOCKS: u64 = 1 << 21;
 const SLOWER_MAX: f64 = 1.5;
 const LIST_SECONDS_MAX: f64 = 0.5;
 const READS_KEPT_MIN: f64 = 0.95;
-const ROUNDS: usize = 7;
 
 pub(super) fn run(setting: &Setting, card: &mut Card) {
     let wanted = setting.pick(10_000, 100_000);
-    let reads = setting.pick(50_000, 200_000);
+    let pieces = setting.pick(1_000, 4_000);
     let mut rng = Rng::with_seed(setting.seed);
     let bench = Bench::create(Ram::new(), POOL_BLOCKS);
     let volume = bench.volume("v", VOLUME_BLOCKS, Redirect::Shared);
@@ -40,10 +39,10 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
             bench.step();
         }
         if number == next_point {
-            let rounds: Vec<f64> = (0..ROUNDS)
-                .map(|_| bench.read_rate(&volume, reads, &mut rng))
+            let pieces: Vec<u64> = (0..pieces)
+                .map(|_| timed(|| bench.read(&volume, PIECE, &mut rng)).1)
                 .collect();
-            let speed = median_rate(&rounds);
+            let speed = rate(PIECE, median(&pieces));
             let recent = median(&times[times.len().saturating_sub(100)..]);
             eprintln!("prove: {number} snapshots: {recent} ns for one, {speed:.0} reads a second");
             writeln!(curve, "{number} {recent} {speed:.0}").expect("a string takes it");

@@ -1,7 +1,7 @@
 //! Many volumes in one pool, some of them clones of one image: how long the last ones take beside the first.
 
 use super::Setting;
-use super::kit::{Bench, last_to_first, timed};
+use super::kit::{Bench, first_and_last, last_to_first, timed};
 use super::ram::Ram;
 use blockfork::device::BlockBuf;
 use blockfork::pool::Redirect;
@@ -51,6 +51,11 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
         "of them clones of one image",
         cloned.len() as u64,
         wanted / CLONE_EACH,
+    );
+    eprintln!(
+        "prove: the first and the last took {:?} ns to create, {:?} ns to clone",
+        first_and_last(&created),
+        first_and_last(&cloned)
     );
     card.add(
         "time to create the last 100 as a multiple of the first",
