@@ -18,7 +18,7 @@ use std::time::Duration;
 /// Blocks that a leaf of a map covers.
 const LEAF_BLOCKS: u64 = 512;
 /// So that nearly every leaf is met.
-const TOUCHES_PER_LEAF: u64 = 4;
+const TOUCHES_PER_LEAF: u64 = 3;
 const READERS: u64 = 4;
 const READ_TIME: Duration = Duration::from_secs(10);
 /// What a mapped tebibyte has of map pages, with what they take beyond their bytes.
