@@ -18,6 +18,9 @@ use crate::units::{BLOCK_BYTES, Lba, Pba, VolumeId};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::BTreeSet;
 
+/// The most blockers that one refusal names.
+const BLOCKERS_NAMED_MAX: usize = 8;
+
 fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
     let invalid = |fact: String| Err(Error::with(ErrorKind::Invalid, format!("{name}: {fact}")));
     if sector_bytes != 512 && sector_bytes != 4096 {
@@ -267,6 +270,11 @@ impl Pool {
                 .first()
                 .map_or_else(String::new, ToString::to_string);
             let ways_out: Vec<&str> = ways_out.into_iter().collect();
+            let more = blockers.len().saturating_sub(BLOCKERS_NAMED_MAX);
+            blockers.truncate(BLOCKERS_NAMED_MAX);
+            if more > 0 {
+                blockers.push(format!("{more} more"));
+            }
             Err(Error::with(
                 ErrorKind::Busy,
                 format!(
