@@ -1,9 +1,11 @@
 //! The command line: what can be typed. The doc comments are the help texts and the source of docs/cli.md.
 
+use crate::marks::Marks;
 use crate::output::Format;
 use crate::size;
 use blockfork::limits::METADATA_CACHE_BYTES_MIN;
 use blockfork::name::{Name, Target, VolumePath};
+use blockfork::pool::{Limit, LimitChange, OnFull};
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -45,6 +47,19 @@ pub(crate) enum Command {
     },
     /// Create an empty volume
     Create(Create),
+    /// Set what a volume may take, or when a pool is said to run short of space
+    ///
+    /// Of a volume, quota=SIZE: the most that it maps. A write of new blocks beyond it gets ENOSPC; overwrites and discards go on.
+    ///
+    /// reserve=SIZE: what is set aside for the volume, at most its size. Others leave so much of the free space to it as it may still
+    /// need: all of that less the blocks that are its own alone. So a snapshot of it is refused where its space would not be enough to
+    /// write all of that anew.
+    ///
+    /// Of a pool, marks=80,90,95: the percentages of used space at which `pool status`, the daemon's log and `watch` say so. They are
+    /// this machine's: a pool that is imported elsewhere has those above there.
+    ///
+    /// `none` takes a property away.
+    Set(Set),
     /// Change the size of a volume; a larger one grows online where the kernel can
     Resize(Resize),
     /// Rename a volume, with its snapshots, or a snapshot within its volume
@@ -122,6 +137,19 @@ pub(crate) enum Command {
     Diff(Diff),
     /// Print the counters of pools and attached volumes
     Stats(Stats),
+    /// Print what happens to a pool that a daemon serves, a JSON object a line, until interrupted
+    ///
+    /// `watching` comes first and says how it stands. `space-mark`: the use of space passed a mark, `up` or `down`; it is passed
+    /// downwards 2 % below it. `device-added`, `device-gone`, `export-added`, `export-gone`: what is attached. `reclaim-done`: the
+    /// space of all that was removed has come back. `error`: a flush failed, or damage was found. `lost`: who reads too slowly
+    /// misses so many events. `at` is the time in nanoseconds since 1970.
+    Watch {
+        /// The pool
+        pool: Name,
+        /// It is JSON anyway
+        #[arg(long)]
+        json: bool,
+    },
     /// Serve a pool in the foreground
     ///
     /// Takes back the devices of a daemon that died. SIGTERM and SIGINT make everything durable and end it; devices
@@ -177,6 +205,9 @@ pub(crate) enum PoolCommand {
         /// Use it whatever it holds; that is lost
         #[arg(short, long)]
         force: bool,
+        /// Refuse volumes, clones and sizes that would make the volumes together larger than the pool
+        #[arg(long)]
+        no_overcommit: bool,
     },
     /// Make a pool known that was created elsewhere, or exported
     Import {
@@ -267,6 +298,12 @@ pub(crate) struct Create {
     /// Which writes go to newly allocated blocks; with `always` a power cut never tears a block
     #[arg(long, value_enum, default_value_t = Redirect::Shared)]
     pub(crate) redirect: Redirect,
+    /// The most that it maps; a write of new blocks beyond that gets ENOSPC
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) quota: Option<u64>,
+    /// Set so much of the pool aside for it, which others leave to it
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) reserve: Option<u64>,
 }
 
 /// Which writes are redirected.
@@ -276,6 +313,26 @@ pub(crate) enum Redirect {
     Shared,
     /// Every one
     Always,
+}
+
+/// Options of `set`.
+#[derive(Debug, Args)]
+pub(crate) struct Set {
+    /// POOL/VOLUME or POOL
+    #[arg(value_name = "TARGET")]
+    pub(crate) target: Target,
+    /// quota=SIZE, reserve=SIZE; marks=PERCENT,PERCENT,...
+    #[arg(required = true, value_name = "PROPERTY=VALUE", value_parser = property)]
+    pub(crate) properties: Vec<Property>,
+}
+
+/// A property and its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Property {
+    /// Of a volume.
+    Limit(LimitChange),
+    /// Of a pool.
+    Marks(Marks),
 }
 
 /// Options of `resize`.
@@ -381,6 +438,10 @@ pub(crate) struct Attach {
     /// has, an eighth of the machine's]
     #[arg(long, value_name = "SIZE", value_parser = metadata_cache)]
     pub(crate) metadata_cache: Option<u64>,
+    /// What a write does that finds no space: `error` fails with ENOSPC at once, `queue` waits for space, SECONDS [default: 60] at
+    /// most, and fails then
+    #[arg(long, value_name = "error|queue[=SECONDS]", default_value = "error", value_parser = on_full)]
+    pub(crate) on_full: OnFull,
 }
 
 /// Options of `serve-nbd`.
@@ -398,6 +459,10 @@ pub(crate) struct ServeNbd {
     /// Listen on TCP: PORT or ADDRESS:PORT; on 127.0.0.1 unless another address is named
     #[arg(long, value_name = "[ADDRESS:]PORT", value_parser = listen_address)]
     pub(crate) listen: Option<SocketAddr>,
+    /// What a write does that finds no space: `error` fails with ENOSPC at once, `queue` waits for space, SECONDS [default: 60] at
+    /// most, and fails then
+    #[arg(long, value_name = "error|queue[=SECONDS]", default_value = "error", value_parser = on_full)]
+    pub(crate) on_full: OnFull,
 }
 
 /// Options of `detach`.
@@ -458,6 +523,10 @@ pub(crate) enum Column {
     Sector,
     /// The tags of its holds
     Holds,
+    /// The most that it maps
+    Quota,
+    /// What is set aside for it
+    Reserve,
 }
 
 /// Options of `diff`.
@@ -500,6 +569,49 @@ fn refuse<T>(text: &str, fact: &str) -> Result<T, blockfork::error::Error> {
         blockfork::error::ErrorKind::Invalid,
         format!("{shown:?}: {fact}"),
     ))
+}
+
+/// How long a queued write waits unless told otherwise, as with dm-thin.
+const QUEUE_SECONDS: u32 = 60;
+/// The longest such wait: a day.
+const QUEUE_SECONDS_MAX: u32 = 86_400;
+
+/// `error`, `queue` or `queue=SECONDS`.
+fn on_full(text: &str) -> Result<OnFull, blockfork::error::Error> {
+    let seconds = match text {
+        "error" => return Ok(OnFull::Error),
+        "queue" => Some(QUEUE_SECONDS),
+        _ => text
+            .strip_prefix("queue=")
+            .and_then(|seconds| seconds.parse().ok())
+            .filter(|seconds| (1..=QUEUE_SECONDS_MAX).contains(seconds)),
+    };
+    match seconds {
+        Some(seconds) => Ok(OnFull::Queue { seconds }),
+        None => refuse(text, "write error, queue or queue=SECONDS, up to a day"),
+    }
+}
+
+/// `PROPERTY=VALUE`.
+fn property(text: &str) -> Result<Property, blockfork::error::Error> {
+    let (word, value) = text.split_once('=').unwrap_or((text, ""));
+    let limit = match word {
+        "quota" => Limit::Quota,
+        "reserve" => Limit::Reserve,
+        "marks" => return value.parse().map(Property::Marks),
+        _ => {
+            return refuse(
+                text,
+                "is not a property; write quota=SIZE, reserve=SIZE or marks=80,90,95",
+            );
+        }
+    };
+    let bytes = match value {
+        "none" => None,
+        "" => return refuse(text, "has no value; write a size, or none"),
+        size => Some(size::parse(size)?),
+    };
+    Ok(Property::Limit(LimitChange { limit, bytes }))
 }
 
 /// `POOL/VOLUME` or `POOL/VOLUME@SNAPSHOT`.
@@ -607,6 +719,30 @@ mod tests {
         assert_eq!(metadata_cache("16M").unwrap(), METADATA_CACHE_BYTES_MIN);
         for text in ["15M", "0", "1T2", ""] {
             assert!(metadata_cache(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_full_pool_fails_writes_or_queues_them() {
+        let queue = |seconds| OnFull::Queue { seconds };
+        for (text, wanted) in [
+            ("error", OnFull::Error),
+            ("queue", queue(60)),
+            ("queue=1", queue(1)),
+            ("queue=86400", queue(86_400)),
+        ] {
+            assert_eq!(on_full(text).unwrap(), wanted, "{text}");
+        }
+        for text in [
+            "",
+            "fail",
+            "queue=",
+            "queue=0",
+            "queue=86401",
+            "queue=-1",
+            "queue=1s",
+        ] {
+            assert!(on_full(text).is_err(), "{text}");
         }
     }
 

@@ -3,8 +3,10 @@
 //! Which of the two it is can change at any moment, so a request that found neither a daemon nor a free lock looks again.
 
 use crate::devices::Devices;
-use crate::exit_code::{about, from_code};
+use crate::events::Told;
+use crate::exit_code::{about, from_code, one_line};
 use crate::host::{Host, Progress, Role};
+use crate::marks::Marks;
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, PoolEntry, Registry, Runtime};
 use blockfork::clock::{Clock, SystemClock};
@@ -106,6 +108,42 @@ pub(crate) fn hold(
     connection.shut_down_on_signal()?;
     begun(reply)?;
     connection.end()
+}
+
+/// Hands over what the pool's daemon tells, until it ends or `hear` fails.
+pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<()>) -> Result<()> {
+    Registry::from_env()?.find(pool)?;
+    let Some(mut connection) = Connection::open(&Runtime::of(pool)?, &SystemClock::new())? else {
+        return Err(Error::with(
+            ErrorKind::NotFound,
+            format!(
+                "pool {pool}: no daemon serves it, so nothing would be told; start one with `ublkctl serve {pool}`"
+            ),
+        ));
+    };
+    match connection.call(&Request::Watch, &mut |_, _| {})? {
+        Outcome::Answer(answer) => answer?,
+        Outcome::Again(error) => return Err(error),
+    };
+    let pid = connection.pid;
+    let ended = |e: io::Error| Error::io(e, format!("the daemon (process {pid}) ended"));
+    let limits = LineLimits {
+        bytes_max: protocol::REQUEST_BYTES_MAX,
+        wait_ns_max: u64::MAX,
+    };
+    let clock = SystemClock::new();
+    loop {
+        let line = protocol::read_line(&mut connection.input, limits, &clock).map_err(ended)?;
+        let line = line.ok_or_else(|| ended(io::ErrorKind::UnexpectedEof.into()))?;
+        match serde_json::from_slice(&line).map_err(|e| ended(e.into()))? {
+            Message::Event(told) => hear(told)?,
+            Message::Error { kind, message } => return Err(Message::into_error(&kind, message)),
+            Message::Hello { .. }
+            | Message::Progress { .. }
+            | Message::Reply(_)
+            | Message::Stopping => return Err(ended(io::ErrorKind::InvalidData.into())),
+        }
+    }
 }
 
 /// Whether a daemon answers for a pool.
@@ -236,6 +274,8 @@ impl Connection {
                 Message::Error { kind, message } => {
                     return Ok(Outcome::Answer(Err(Message::into_error(&kind, message))));
                 }
+                // Nobody who watches calls.
+                Message::Event(_) => return Err(gone(io::ErrorKind::InvalidData.into())),
                 Message::Stopping | Message::Hello { .. } => {
                     return Ok(Outcome::Again(Error::with(
                         ErrorKind::Busy,
@@ -422,7 +462,13 @@ pub(crate) fn open(
         ));
     }
     let devices = Devices::load(runtime, &entry.name, id, boot_id)?;
-    Ok(Host::new(pool, device, devices, role))
+    // Marks that cannot be read keep nobody from a pool.
+    let marks = Registry::from_env().and_then(|registry| registry.marks(&entry.name));
+    let marks = marks.unwrap_or_else(|e| {
+        tracing::warn!("the usual space marks count: {}", one_line(&e));
+        Marks::default()
+    });
+    Ok(Host::new(pool, device, devices, role, marks))
 }
 
 /// Sees to it that a daemon serves the pool: starts one if there is none. True if it did.

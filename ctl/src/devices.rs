@@ -9,6 +9,7 @@ use crate::protocol::DeviceRow;
 use crate::state::{self, Runtime};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
+use blockfork::pool::OnFull;
 use blockfork::ublk::{DeviceState, Served, device_exists};
 use blockfork::units::VolumeId;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,9 @@ pub(crate) struct DeviceEntry {
     pub(crate) id: VolumeId,
     /// Whether it refuses writes.
     pub(crate) read_only: bool,
+    /// What a write does that finds no space.
+    #[serde(default)]
+    pub(crate) on_full: OnFull,
     /// What the frontend needs to recover it.
     pub(crate) state: DeviceState,
 }

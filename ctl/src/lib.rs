@@ -6,12 +6,14 @@ mod commands;
 mod daemon;
 mod devices;
 mod endpoint;
+mod events;
 mod exit_code;
 mod exports;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod host;
 mod lineage;
+mod marks;
 mod output;
 mod progress;
 mod protocol;

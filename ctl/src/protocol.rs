@@ -3,14 +3,16 @@
 //! `{"hello":{..}}` comes from the daemon; then the client sends a [`Request`] a line and reads [`Message`]s up to the
 //! first that is not progress. A request line is at most [`REQUEST_BYTES_MAX`] long; whoever sends more is cut off.
 
+use crate::events::Told;
 use crate::exit_code::one_line;
+use crate::marks::Marks;
 use crate::retention::{Policy, Rule};
 use blockfork::clock::Clock;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::{
-    Backlog, CheckReport, DiffExtent, Entry, OutlineEntry, PoolStats, PoolStatus, Removal,
-    VolumeOptions,
+    Backlog, CheckReport, DiffExtent, Entry, LimitChange, Limits, OnFull, OutlineEntry, PoolStats,
+    PoolStatus, Removal, VolumeOptions,
 };
 use blockfork::units::{Timestamp, VolumeId};
 use serde::{Deserialize, Serialize};
@@ -43,6 +45,13 @@ pub(crate) enum Request {
     Create {
         volume: Name,
         options: VolumeOptions,
+        #[serde(default)]
+        limits: Limits,
+    },
+    /// Changes what a volume may take.
+    SetLimits {
+        volume: Name,
+        changes: Vec<LimitChange>,
     },
     /// Removes volumes and snapshots.
     Remove {
@@ -52,6 +61,10 @@ pub(crate) enum Request {
     },
     /// Renames a volume or a snapshot.
     Rename { from: VolumePath, to: VolumePath },
+    /// Gives the pool's daemon other space marks.
+    SetMarks { marks: Marks },
+    /// Tells what happens, as [`Message::Event`], for as long as the connection lasts.
+    Watch,
     /// Changes a volume's size.
     Resize {
         volume: Name,
@@ -93,6 +106,8 @@ pub(crate) enum Request {
         /// Memory for metadata from here on, in bytes.
         #[serde(default)]
         metadata_cache: Option<u64>,
+        #[serde(default)]
+        on_full: OnFull,
     },
     /// Serves a volume or a snapshot over NBD, for as long as the connection lasts that asked for it. When the client
     /// has shut down its side and everything is durable, a second answer follows: `Done`, or an error.
@@ -100,6 +115,8 @@ pub(crate) enum Request {
         path: VolumePath,
         read_only: bool,
         address: NbdAddress,
+        #[serde(default)]
+        on_full: OnFull,
     },
     /// Takes devices away.
     Detach { devices: Selection, force: bool },
@@ -142,9 +159,12 @@ impl Request {
             | Self::Diff { .. }
             | Self::Check
             | Self::Outline
-            | Self::Backlog { .. } => true,
+            | Self::Backlog { .. }
+            | Self::SetMarks { .. }
+            | Self::Watch => true,
             Self::Remove { dry_run, .. } | Self::Prune { dry_run, .. } => *dry_run,
             Self::Create { .. }
+            | Self::SetLimits { .. }
             | Self::Rename { .. }
             | Self::Resize { .. }
             | Self::Snapshot { .. }
@@ -292,6 +312,8 @@ pub(crate) enum Message {
     Hello { version: u32, pool: Name, pid: u32 },
     /// How far a long request got.
     Progress { done: u64, total: u64 },
+    /// To a client that watches: something happened.
+    Event(Told),
     /// The answer.
     Reply(Reply),
     /// The request failed.

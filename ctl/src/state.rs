@@ -1,6 +1,7 @@
 //! What `ublkctl` knows between two commands: where each pool lives, and where its daemon keeps its things.
 //! Everything here is read back as hostile: names are parsed, files are limited, and a bad one is an error with its path.
 
+use crate::marks::Marks;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::limits::METADATA_CACHE_BYTES_DEFAULT;
 use blockfork::name::{Name, VolumePath};
@@ -118,8 +119,24 @@ impl Registry {
         write_json(&self.file(&entry.name), entry)
     }
 
+    /// Where a pool's space marks are. No pool's own file has such a name.
+    fn marks_file(&self, name: &Name) -> PathBuf {
+        self.pools.join(format!("{name}.marks"))
+    }
+
+    /// A pool's space marks.
+    pub(crate) fn marks(&self, name: &Name) -> Result<Marks> {
+        Ok(read_json(&self.marks_file(name))?.unwrap_or_default())
+    }
+
+    /// Gives a pool other space marks.
+    pub(crate) fn set_marks(&self, name: &Name, marks: &Marks) -> Result<()> {
+        write_json(&self.marks_file(name), marks)
+    }
+
     /// Forgets a pool.
     pub(crate) fn remove(&self, name: &Name) -> Result<()> {
+        remove_file(&self.marks_file(name))?;
         remove_file(&self.file(name))
     }
 }
@@ -388,6 +405,26 @@ mod tests {
         registry.remove(&"p0".parse().unwrap()).unwrap();
         let error = registry.find(&"p0".parse().unwrap()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn marks_go_with_their_pool() {
+        let directory = tempfile::tempdir().unwrap();
+        let registry = registry(&directory);
+        registry.add(&entry("p0")).unwrap();
+        let name = "p0".parse().unwrap();
+        assert_eq!(registry.marks(&name).unwrap(), Marks::default());
+        registry.set_marks(&name, &"50".parse().unwrap()).unwrap();
+        assert_eq!(registry.marks(&name).unwrap(), "50".parse().unwrap());
+        assert_eq!(registry.all().unwrap().len(), 1);
+        registry.remove(&name).unwrap();
+        assert_eq!(registry.marks(&name).unwrap(), Marks::default());
+        registry.add(&entry("p0")).unwrap();
+        fs::write(registry.marks_file(&name), "[90,80]").unwrap();
+        assert_eq!(
+            registry.marks(&name).unwrap_err().kind(),
+            ErrorKind::Corrupt
+        );
     }
 
     #[test]

@@ -32,13 +32,15 @@ pub enum ErrorKind {
     Permission,
     /// A read, a write or a system call failed.
     Io,
+    /// A volume's own quota, which room in the pool does not help.
+    OverQuota,
 }
 
 impl ErrorKind {
     /// The errno that a block device's client sees.
     pub fn errno(self) -> i32 {
         match self {
-            Self::OutOfSpace => libc::ENOSPC,
+            Self::OutOfSpace | Self::OverQuota => libc::ENOSPC,
             Self::ReadOnly => libc::EROFS,
             Self::Invalid => libc::EINVAL,
             Self::Unsupported => libc::EOPNOTSUPP,
@@ -56,7 +58,7 @@ impl ErrorKind {
     pub fn exit_code(self) -> u8 {
         match self {
             Self::Invalid => 2,
-            Self::OutOfSpace => 3,
+            Self::OutOfSpace | Self::OverQuota => 3,
             Self::Corrupt => 4,
             Self::NotFound
             | Self::AlreadyExists
@@ -83,6 +85,7 @@ impl ErrorKind {
             Self::ReadOnly => "read-only",
             Self::Permission => "permission",
             Self::Io => "io",
+            Self::OverQuota => "over-quota",
         }
     }
 
@@ -100,6 +103,7 @@ impl ErrorKind {
             Self::ReadOnly,
             Self::Permission,
             Self::Io,
+            Self::OverQuota,
         ]
         .into_iter()
         .find(|kind| kind.word() == word)
@@ -119,6 +123,7 @@ impl ErrorKind {
             Self::ReadOnly => "read-only",
             Self::Permission => "permission denied",
             Self::Io => "input/output error",
+            Self::OverQuota => "the volume's quota is used up",
         }
     }
 }

@@ -44,7 +44,8 @@ fn is_expected(kind: FaultKind, error: ErrorKind) -> bool {
         | ErrorKind::Corrupt
         | ErrorKind::Unsupported
         | ErrorKind::ReadOnly
-        | ErrorKind::Permission => false,
+        | ErrorKind::Permission
+        | ErrorKind::OverQuota => false,
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) fn attach(options: &Attach) -> Result<()> {
         queues: options.queues.unwrap_or_else(queues),
         depth: options.depth,
         metadata_cache: options.metadata_cache,
+        on_full: options.on_full,
     };
     client::ensure_daemon(pool)?;
     let Reply::Devices(rows) = ask(pool, &request, "attaching")? else {

@@ -166,6 +166,8 @@ fn header(column: Column) -> (&'static str, Align) {
         Column::Origin => ("origin", Align::Left),
         Column::Sector => ("sector", Align::Right),
         Column::Holds => ("holds", Align::Left),
+        Column::Quota => ("quota", Align::Right),
+        Column::Reserve => ("reserve", Align::Right),
     }
 }
 
@@ -198,7 +200,13 @@ fn cell(listed: &Listed, column: Column, format: Format, now: Timestamp) -> Stri
             let tags: Vec<&str> = entry.holds.iter().map(Name::as_str).collect();
             tags.join(",")
         }
+        Column::Quota => limit(entry.limits.quota_bytes, format),
+        Column::Reserve => limit(entry.limits.reserve_bytes, format),
     }
+}
+
+fn limit(bytes: Option<u64>, format: Format) -> String {
+    bytes.map_or_else(String::new, |bytes| format.size(bytes))
 }
 
 pub(super) fn tree(options: &Tree) -> Result<()> {

@@ -7,9 +7,11 @@ mod nbd;
 mod pool;
 mod prune;
 mod repair;
+mod set;
 mod shell;
 mod stats;
 mod volume;
+mod watch;
 
 use crate::cli::{Command, PathTarget};
 use crate::client;
@@ -26,6 +28,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
     match command {
         Command::Pool { command } => return pool::run(command),
         Command::Create(options) => volume::create(&options),
+        Command::Set(options) => set::set(&options),
         Command::Resize(options) => volume::resize(&options),
         Command::Rename { from, to } => volume::rename(&from, &to),
         Command::Rm(options) => volume::remove(&options),
@@ -48,6 +51,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
             detached,
             metadata_cache,
         } => daemon::serve(&pool, detached, metadata_cache),
+        Command::Watch { pool, json: _ } => watch::watch(&pool),
         Command::Doctor { format } => return doctor::doctor(format),
         Command::Completions { shell } => shell::completions(shell),
         Command::Man { directory } => shell::man(&directory),

@@ -21,6 +21,7 @@ pub(super) fn serve(options: &ServeNbd) -> Result<()> {
         path: path.clone(),
         read_only: options.read_only,
         address,
+        on_full: options.on_full,
     };
     client::hold(pool, &request, |reply| {
         let Reply::ServingNbd { uri, read_only } = reply else {

@@ -11,7 +11,7 @@ use crate::{client, state};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::limits::VOLUME_BYTES_MAX;
 use blockfork::name::Name;
-use blockfork::pool::{self, Backlog, VolumeOptions};
+use blockfork::pool::{self, Backlog, Limits, VolumeOptions};
 use blockfork::units::VolumeId;
 use std::fmt::Write;
 use std::thread;
@@ -36,6 +36,10 @@ pub(super) fn create(options: &Create) -> Result<()> {
                     Redirect::Shared => pool::Redirect::Shared,
                     Redirect::Always => pool::Redirect::Always,
                 },
+            },
+            limits: Limits {
+                quota_bytes: options.quota,
+                reserve_bytes: options.reserve,
             },
         },
     )

@@ -4,7 +4,7 @@ use super::Daemon;
 use crate::exit_code::one_line;
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, Runtime};
-use blockfork::clock::SystemClock;
+use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -27,6 +27,8 @@ const REQUEST_NS_MAX: u64 = 30_000_000_000;
 const WRITE_WAIT: Duration = Duration::from_secs(30);
 /// How often a thread that waits for a request looks at the clock.
 const READ_WAIT: Duration = Duration::from_millis(500);
+/// How often a thread whose client watches looks for what happened.
+const WATCH_WAIT: Duration = Duration::from_millis(100);
 
 /// The bound socket.
 pub(super) struct Listener(UnixListener);
@@ -143,12 +145,58 @@ fn converse(
                 return protocol::write_line(&mut out, &Message::from(&error));
             }
         };
-        if let Some(path) = answer(&line, daemon, &mut out)? {
-            // It may stay for weeks, so it does not count among those who come with a question.
-            drop(counted);
-            return hold(&mut input, daemon, &path);
+        match answer(&line, daemon, &mut out)? {
+            // What stays may stay for weeks, so it does not count among those who come with a question.
+            Next::Export(path) => {
+                drop(counted);
+                return hold(&mut input, daemon, &path);
+            }
+            Next::Watch => {
+                drop(counted);
+                return watch(&mut input, daemon);
+            }
+            Next::Request => {}
         }
     }
+}
+
+/// What a connection is for, after an answer.
+enum Next {
+    Request,
+    /// This is served over NBD for as long as it lasts.
+    Export(VolumePath),
+    /// It hears what happens.
+    Watch,
+}
+
+/// Tells a client what happens, until it goes away. One that does not read waits for nobody but itself.
+fn watch(input: &mut BufReader<&UnixStream>, daemon: &Daemon) -> io::Result<()> {
+    let (first, watcher) = match daemon.host.watch() {
+        Ok(watching) => watching,
+        Err(e) => return protocol::write_line(input.get_mut(), &Message::from(&e)),
+    };
+    input.get_ref().set_read_timeout(Some(WATCH_WAIT))?;
+    let mut told = vec![first];
+    loop {
+        for told in told {
+            protocol::write_line(input.get_mut(), &Message::Event(told))?;
+        }
+        match input.read(&mut [0; 64]) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(e) if is_timeout(&e) => {}
+            Err(e) => return Err(e),
+        }
+        told = watcher.take(SystemClock::new().now());
+    }
+}
+
+/// Whether a socket's timeout ended a call, to look around.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+    )
 }
 
 /// Waits until the client shuts down its side or goes away, then ends what is served for it over NBD.
@@ -158,13 +206,7 @@ fn hold(input: &mut BufReader<&UnixStream>, daemon: &Daemon, path: &VolumePath) 
         match input.read(&mut ignored) {
             Ok(0) => break,
             Ok(_) => {}
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::WouldBlock
-                        | io::ErrorKind::TimedOut
-                        | io::ErrorKind::Interrupted
-                ) => {}
+            Err(e) if is_timeout(&e) => {}
             Err(e) => {
                 debug!("a client that had something served was lost: {e}");
                 break;
@@ -191,11 +233,12 @@ fn end_nbd(out: &mut impl Write, daemon: &Daemon, path: &VolumePath) -> io::Resu
 
 /// Answers one request, and ends a daemon that nobody needs after it. What is served from now on, for as long as this
 /// client stays, is returned.
-fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Option<VolumePath>> {
+fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Next> {
     let request = match protocol::parse_request(line) {
         Ok(request) => request,
-        Err(e) => return protocol::write_line(out, &Message::from(&e)).map(|()| None),
+        Err(e) => return protocol::write_line(out, &Message::from(&e)).map(|()| Next::Request),
     };
+    let is_watch = matches!(request, Request::Watch);
     let mut held = None;
     if let Request::ServeNbd { path, .. } = &request {
         held = Some(path.clone());
@@ -222,7 +265,8 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Opti
             }
         }
     };
-    if !matches!(message, Message::Reply(_)) {
+    let is_done = matches!(message, Message::Reply(_));
+    if !is_done {
         held = None;
     }
     let written = protocol::write_line(out, &message);
@@ -233,5 +277,10 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Opti
     if may_be_last {
         daemon.stop_if_idle();
     }
-    written.map(|()| held)
+    written?;
+    Ok(match held {
+        Some(path) => Next::Export(path),
+        None if is_watch && is_done => Next::Watch,
+        None => Next::Request,
+    })
 }

@@ -1,7 +1,9 @@
 //! The background thread: commits what no flush made durable, writes checkpoints, returns freed space.
 
 use super::Daemon;
+use super::monitor::Monitor;
 use crate::exit_code::one_line;
+use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, Result};
 use futures_lite::future::block_on;
 use std::future::Future;
@@ -15,6 +17,8 @@ use tracing::error;
 
 /// How often it looks, if nobody asks for it earlier.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// How often it looks for what is to be told, at most.
+const OBSERVE_NS: u64 = 100_000_000;
 
 /// The running thread.
 #[derive(Debug)]
@@ -53,13 +57,20 @@ fn run(daemon: &Daemon, stop: &AtomicBool) {
         return;
     }
     let mut has_failed = false;
+    let (clock, mut monitor, mut observed_ns) = (SystemClock::new(), Monitor::default(), None);
     while !stop.load(Ordering::Relaxed) {
+        let now = clock.monotonic_ns();
+        if observed_ns.is_none_or(|then| now - then >= OBSERVE_NS) {
+            observed_ns = Some(now);
+            monitor.observe(&daemon.host);
+        }
         match block_on(pool.maintain(device)) {
             Ok(true) => continue,
             Ok(false) => has_failed = false,
             // A pool that fails goes on failing; once is enough for the log.
             Err(e) if !has_failed => {
                 error!("maintenance: {}", one_line(&e));
+                daemon.host.tell_error(e.kind(), one_line(&e));
                 has_failed = true;
             }
             Err(_) => {}
@@ -90,7 +101,6 @@ fn wait(wanted: impl Future<Output = ()>, stop: &AtomicBool, time: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockfork::clock::{Clock, SystemClock};
     use std::future::{pending, ready};
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod listener;
 mod maintenance;
+mod monitor;
 mod process;
 
 use crate::client;

@@ -2,26 +2,35 @@
 
 use super::{Host, Role};
 use crate::devices::{DeviceEntry, Devices, Slot};
+use crate::events::Event;
 use crate::exit_code::one_line;
 use crate::protocol::{DeviceRow, Reply, Selection};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
+use blockfork::pool::OnFull;
 use blockfork::ublk::{self, Holder};
 use futures_lite::future::block_on;
 use std::fs;
 use tracing::{info, warn};
 
 impl Host {
-    pub(super) fn attach(&self, path: &VolumePath, options: &ublk::DeviceOptions) -> Result<Reply> {
+    pub(super) fn attach(
+        &self,
+        path: &VolumePath,
+        options: &ublk::DeviceOptions,
+        on_full: OnFull,
+    ) -> Result<Reply> {
         let mut devices = self.devices();
         self.refuse_second(&devices, path)?;
         let attached = self.pool.attach(path, options.read_only)?;
+        attached.set_on_full(on_full);
         let announce = |state| {
             devices.add(Slot {
                 entry: DeviceEntry {
                     path: path.clone(),
                     id: attached.id(),
                     read_only: attached.is_read_only(),
+                    on_full,
                     state,
                 },
                 served: None,
@@ -48,6 +57,10 @@ impl Host {
             .into_iter()
             .for_each(|slot| devices.link(slot));
         info!(volume = %path, device = %row.device, "attached");
+        self.tell(&Event::DeviceAdded {
+            name: format!("{}/{path}", self.name),
+            device: row.device.clone(),
+        });
         Ok(Reply::Devices(vec![row]))
     }
 
@@ -160,6 +173,10 @@ impl Host {
         devices.unlink(&slot.entry);
         devices.save()?;
         info!(volume = %path, device = %row.device, "detached");
+        self.tell(&Event::DeviceGone {
+            name: format!("{}/{path}", self.name),
+            device: row.device.clone(),
+        });
         flushed.map(|()| Some(row))
     }
 
@@ -208,6 +225,7 @@ impl Host {
         };
         let attached = self.pool.attach(&entry.path, entry.read_only);
         let attached = attached.map_err(|e| lost(one_line(&e)))?;
+        attached.set_on_full(entry.on_full);
         if attached.id() != entry.id {
             attached.detach();
             return Err(lost(format!(

@@ -4,11 +4,14 @@
 //! removed or rolled back. Every blocker is named before anything is touched.
 
 mod devices;
+mod events;
 mod nbd;
 mod preflight;
 mod volumes;
 
 use crate::devices::{Devices, Slot};
+use crate::events::Events;
+use crate::marks::Marks;
 use crate::protocol::{Reply, Request, Row, Status};
 use blockfork::device::FileDevice;
 use blockfork::error::Result;
@@ -18,6 +21,7 @@ use blockfork::ublk;
 use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Who runs the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +40,10 @@ pub(crate) struct Host {
     device: FileDevice,
     devices: Mutex<Devices>,
     role: Role,
+    marks: Mutex<Marks>,
+    events: Events,
+    /// Whether something was removed since somebody looked.
+    has_removed: AtomicBool,
 }
 
 /// Told how far a long request got: done, of how many.
@@ -43,13 +51,22 @@ pub(crate) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 
 impl Host {
     /// A host for an open pool.
-    pub(crate) fn new(pool: Pool, device: FileDevice, devices: Devices, role: Role) -> Self {
+    pub(crate) fn new(
+        pool: Pool,
+        device: FileDevice,
+        devices: Devices,
+        role: Role,
+        marks: Marks,
+    ) -> Self {
         Self {
             name: pool.name(),
             pool: Arc::new(pool),
             device,
             devices: Mutex::new(devices),
             role,
+            marks: Mutex::new(marks),
+            events: Events::default(),
+            has_removed: AtomicBool::new(false),
         }
     }
 
@@ -79,10 +96,29 @@ impl Host {
                 self.devices().slots().iter().map(Slot::row).collect(),
             )),
             Request::Diff { from, to } => block_on(pool.diff(device, &from, &to)).map(Reply::Diff),
-            Request::Check => block_on(pool.check(device, progress)).map(Reply::Check),
-            Request::Create { volume, options } => {
+            Request::Check => {
+                let report = block_on(pool.check(device, progress))?;
+                self.tell_damage(&report);
+                Ok(Reply::Check(report))
+            }
+            Request::SetMarks { marks } => {
+                *self.marks.lock() = marks;
+                Ok(Reply::Done)
+            }
+            // The daemon's connection goes on from here.
+            Request::Watch => self.watchable(),
+            Request::Create {
+                volume,
+                options,
+                limits,
+            } => {
                 let _alone = self.devices();
-                block_on(pool.create_volume(device, &volume, options)).map(|_| Reply::Done)
+                let made = pool.create_limited_volume(device, &volume, options, limits);
+                block_on(made).map(|_| Reply::Done)
+            }
+            Request::SetLimits { volume, changes } => {
+                let _alone = self.devices();
+                block_on(pool.set_limits(device, &volume, &changes)).map(|()| Reply::Done)
             }
             Request::Remove {
                 targets,
@@ -125,6 +161,7 @@ impl Host {
                 queues,
                 depth,
                 metadata_cache,
+                on_full,
             } => {
                 if let Some(bytes) = metadata_cache {
                     pool.limit_metadata(bytes);
@@ -135,13 +172,14 @@ impl Host {
                     depth,
                     read_only: read_only || path.snapshot.is_some(),
                 };
-                self.attach(&path, &options)
+                self.attach(&path, &options, on_full)
             }
             Request::ServeNbd {
                 path,
                 read_only,
                 address,
-            } => self.serve_nbd(&path, read_only, &address),
+                on_full,
+            } => self.serve_nbd(&path, read_only, &address, on_full),
             Request::Detach { devices, force } => self.detach(&devices, force),
             Request::Stop => {
                 let devices = self.devices();
@@ -156,8 +194,11 @@ impl Host {
 
     fn status(&self) -> Status {
         let devices = self.devices();
+        let mut pool = self.pool.status();
+        let short = self.marks.lock().warning(&pool);
+        pool.warnings.extend(short);
         Status {
-            pool: self.pool.status(),
+            pool,
             read_only: self.role == Role::Daemon && self.pool.is_read_only(),
             daemon_pid: (self.role == Role::Daemon).then(std::process::id),
             devices: devices.count(),

@@ -3,12 +3,14 @@
 use super::Host;
 use crate::devices::Devices;
 use crate::endpoint::{Bound, Endpoint};
+use crate::events::Event;
 use crate::exports::Exported;
 use crate::protocol::{NbdAddress, Reply};
 use crate::state::Runtime;
 use blockfork::error::Result;
 use blockfork::name::VolumePath;
 use blockfork::nbd::Export;
+use blockfork::pool::OnFull;
 use futures_lite::future::block_on;
 use std::sync::Arc;
 use tracing::info;
@@ -19,12 +21,14 @@ impl Host {
         path: &VolumePath,
         read_only: bool,
         address: &NbdAddress,
+        on_full: OnFull,
     ) -> Result<Reply> {
         let mut devices = self.devices();
         self.refuse_second(&devices, path)?;
         let attached = self
             .pool
             .attach(path, read_only || path.snapshot.is_some())?;
+        attached.set_on_full(on_full);
         let read_only = attached.is_read_only();
         // It is given back when the last owner drops it, so also where something fails from here on.
         let name = format!("{}/{path}", self.name);
@@ -33,6 +37,10 @@ impl Host {
         let export = Arc::new(Export::new(name, attached, self.device.clone()));
         let endpoint = Endpoint::start(bound, export.clone())?;
         info!(volume = %path, uri, "serving over NBD");
+        self.tell(&Event::ExportAdded {
+            name: format!("{}/{path}", self.name),
+            uri: uri.clone(),
+        });
         devices.exports_mut().add(Exported {
             path: path.clone(),
             uri: uri.clone(),
@@ -67,6 +75,10 @@ impl Host {
         let flushed = block_on(attached.flush(&self.device));
         attached.detach();
         info!(volume = %exported.path, "no longer served over NBD");
+        self.tell(&Event::ExportGone {
+            name: format!("{}/{}", self.name, exported.path),
+            uri: exported.uri,
+        });
         flushed
     }
 }

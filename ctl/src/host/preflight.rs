@@ -13,12 +13,23 @@ impl Host {
     /// open read-only: without a daemon, a mistake shall not even touch the pool's file.
     pub(crate) fn preflight(&self, request: &Request) -> Result<()> {
         match request {
-            Request::Create { volume, .. } => self.absent(&whole(volume)),
+            Request::Create {
+                volume,
+                options,
+                limits,
+            } => {
+                self.absent(&whole(volume))?;
+                self.pool.check_commit(volume, options.bytes)?;
+                self.pool.check_limits(volume, options.bytes, *limits)
+            }
             Request::Remove {
                 targets, recursive, ..
             } => {
                 let _alone = self.unused(targets, *recursive)?;
                 self.pool.check_removable(targets, *recursive)
+            }
+            Request::SetLimits { volume, changes } => {
+                self.pool.check_limit_changes(volume, changes)
             }
             Request::Rename { from, to } => self.present(from).and_then(|_| self.absent(to)),
             Request::Resize {
@@ -33,9 +44,11 @@ impl Host {
                         .and_then(|_| self.absent(target))
                 })
             }
-            Request::Clone { snapshot, volume } => self
-                .present(snapshot)
-                .and_then(|_| self.absent(&whole(volume))),
+            Request::Clone { snapshot, volume } => {
+                let (bytes, _) = self.present(snapshot)?;
+                self.absent(&whole(volume))?;
+                self.pool.check_commit(volume, bytes)
+            }
             Request::Rollback { snapshot } => self.present(snapshot).map(drop),
             Request::Hold { tag, snapshots } => self.pool.check_hold(tag, snapshots),
             Request::Release { tag, snapshots } => self.pool.check_release(tag, snapshots),
@@ -48,6 +61,8 @@ impl Host {
             | Request::Diff { .. }
             | Request::Check
             | Request::Outline
+            | Request::SetMarks { .. }
+            | Request::Watch
             | Request::Attach { .. }
             | Request::ServeNbd { .. }
             | Request::Detach { .. }
@@ -95,7 +110,11 @@ impl Host {
                 "holds {now} bytes; what lies beyond {bytes} would be lost, --allow-shrink allows that"
             )
         } else {
-            return Ok(());
+            return if bytes > now {
+                self.pool.check_commit(volume, bytes)
+            } else {
+                Ok(())
+            };
         };
         Err(Error::with(
             ErrorKind::Invalid,

@@ -22,7 +22,11 @@ impl Host {
         dry_run: bool,
     ) -> Result<Reply> {
         let _alone = self.unused(targets, recursive)?;
-        block_on(self.pool.remove(&self.device, targets, recursive, dry_run)).map(Reply::Removal)
+        let removal = block_on(self.pool.remove(&self.device, targets, recursive, dry_run))?;
+        if !dry_run {
+            self.note_removed();
+        }
+        Ok(Reply::Removal(removal))
     }
 
     /// Refuses where a device serves something of what a removal names; the devices, which stay as they are.
@@ -38,11 +42,22 @@ impl Host {
                     || (recursive && target.snapshot.is_none() && target.volume == path.volume)
             })
         };
-        devices.refuse(
-            "remove",
-            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
-        )?;
-        devices.exports().refuse(&self.name, "remove", goes)?;
+        let slots = devices.slots().iter();
+        let refused = [
+            devices.refuse("remove", slots.filter(|slot| goes(&slot.entry.path))),
+            devices.exports().refuse(&self.name, "remove", goes),
+        ];
+        let refused = refused.into_iter().filter_map(Result::err);
+        let mut refused: Vec<String> = refused.map(|e| one_line(&e)).collect();
+        if !refused.is_empty() {
+            // Where only holds are in the way, the engine names them.
+            let outline = self.pool.outline();
+            for entry in outline.iter().filter(|entry| goes(&entry.path)) {
+                let held = |tag| format!("{}/{} is held by {tag}", self.name, entry.path);
+                refused.extend(entry.holds.iter().map(held));
+            }
+            return Err(Error::with(ErrorKind::Busy, refused.join("; ")));
+        }
         Ok(devices)
     }
 
@@ -71,6 +86,9 @@ impl Host {
         let goes = snapshots.iter().filter(|judged| !judged.is_kept());
         let goes: Vec<VolumePath> = goes.map(|judged| judged.path.clone()).collect();
         let removal = block_on(self.pool.remove(&self.device, &goes, false, dry_run))?;
+        if !dry_run {
+            self.note_removed();
+        }
         Ok(Pruned {
             snapshots,
             freed_bytes: removal.freed_bytes,

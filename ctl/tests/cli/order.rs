@@ -344,6 +344,17 @@ fn what_is_attached_is_not_pruned() {
     assert_eq!(whys, ["attached", "-", "last"]);
     machine.ok(&["prune", "p0/v", "--keep-last", "1"]);
     assert_eq!(machine.names(), ["p0/v", "p0/v@a", "p0/v@c"]);
+    // Whatever is in the way is named at once.
+    machine.ok(&["hold", "x", "p0/v@a", "p0/v@c"]);
+    let line = machine.refused(1, &["rm", "-r", "p0/v"]);
+    for blocker in [
+        "p0/v@a as nbd",
+        "p0/v@a is held by x",
+        "p0/v@c is held by x",
+    ] {
+        assert!(line.contains(blocker), "{line}");
+    }
+    machine.ok(&["release", "x", "p0/v@a", "p0/v@c"]);
     assert_eq!(serving.end().0, Some(0));
     machine.is_left_alone("p0");
     machine.ok(&["prune", "p0/v", "--keep-last", "1"]);

@@ -38,6 +38,7 @@ impl<'a, D> Io<'a, D> {
         let metadata = draft.metadata();
         let volume = metadata.catalog.get(self.volume)?;
         let (goal, root) = (volume.goal, volume.entry.root);
+        let want = metadata.grant(self.volume, want, is_shared)?;
         let slot = lba.0 % GROUP_BLOCKS;
         let (extent, next) = if !is_shared || slot + want > GROUP_BLOCKS {
             let extent = metadata.space.reserve(goal, want)?;

@@ -7,7 +7,7 @@ use super::page::{BODY_BYTES, PageBytes, PageIdentity, PagePtr, body_mut, seal, 
 use crate::error::{Error, Result};
 use crate::limits::{NAME_BYTES_MAX, VOLUME_BYTES_MAX};
 use crate::name::Name;
-use crate::units::{BLOCK_LEN, Generation, Lba, Pba, Timestamp, VolumeId};
+use crate::units::{BLOCK_BYTES, BLOCK_LEN, Generation, Lba, Pba, Timestamp, VolumeId};
 
 /// Slots of a catalog page.
 pub(crate) const SLOTS_PER_PAGE: usize = 15;
@@ -18,7 +18,9 @@ const _: () = assert!(SLOTS_PER_PAGE * SLOT_BYTES <= BODY_BYTES);
 const _: () = assert!(CATALOG_INDEX_ENTRIES * 16 <= BODY_BYTES);
 /// Where in a slot stands what it says of kin.
 const KIN_AT: usize = 208;
-const _: () = assert!(64 + NAME_BYTES_MAX <= KIN_AT);
+/// Where the limits of a volume stand in its slot, behind the longest name.
+const LIMITS_AT: usize = 192;
+const _: () = assert!(64 + NAME_BYTES_MAX <= LIMITS_AT && LIMITS_AT + 16 <= KIN_AT);
 
 /// How many pages each level of the catalog has, from the pages with the slots to the single top one.
 pub(crate) fn level_sizes(slots: usize) -> impl Iterator<Item = usize> {
@@ -67,8 +69,9 @@ pub(crate) struct Kin {
     pub(crate) parent: Option<VolumeId>,
     /// What goes on from it may share blocks that it does not have itself.
     pub(crate) is_ragged: bool,
-    /// None while that has to be counted.
-    pub(crate) own: Option<Own>,
+    /// What it owns alone: exact where that is counted, otherwise not more than it does.
+    pub(crate) own: Own,
+    pub(crate) is_counted: bool,
 }
 
 impl Kin {
@@ -79,15 +82,30 @@ impl Kin {
     pub(crate) const UNKNOWN: Self = Self {
         parent: Some(Self::ANYONE),
         is_ragged: true,
-        own: None,
+        own: Own { data: 0, pages: 0 },
+        is_counted: false,
     };
 
+    /// Goes on from `parent` and owns nothing alone.
+    pub(crate) fn beside(parent: Option<VolumeId>) -> Self {
+        Self {
+            parent,
+            is_counted: true,
+            ..Self::default()
+        }
+    }
+
+    /// What it owns alone, where that is counted.
+    pub(crate) fn counted(self) -> Option<Own> {
+        self.is_counted.then_some(self.own)
+    }
+
     fn encode(self, slot: &mut Writer<'_>) {
-        let own = self.own.unwrap_or_default();
+        let own = self.own;
         slot.u64(self.parent.map_or(0, |id| id.0));
         slot.u64(own.data);
         slot.u64(own.pages);
-        slot.u8(1 | u8::from(self.own.is_some()) << 1 | u8::from(self.is_ragged) << 2);
+        slot.u8(1 | u8::from(self.is_counted) << 1 | u8::from(self.is_ragged) << 2);
     }
 
     fn decode(slot: &mut Reader<'_>, bounds: Bounds) -> Result<Self> {
@@ -106,7 +124,8 @@ impl Kin {
         Ok(Self {
             parent: (parent != 0).then_some(VolumeId(parent)),
             is_ragged: flags & 4 != 0,
-            own: (flags & 2 != 0).then_some(own),
+            own,
+            is_counted: flags & 2 != 0,
         })
     }
 }
@@ -123,6 +142,15 @@ pub(crate) struct CatalogEntry {
     pub(crate) mapped_blocks: u64,
     pub(crate) created: Timestamp,
     pub(crate) kin: Kin,
+    /// The most that a volume maps, in bytes; 0 for no limit.
+    pub(crate) quota_bytes: u64,
+    /// What is set aside for a volume, in bytes; 0 for nothing.
+    pub(crate) reserve_bytes: u64,
+}
+
+/// Whether a quota or a reserve can be so many bytes: whole blocks, and not beyond the largest volume.
+pub(crate) fn is_limit(bytes: u64) -> bool {
+    bytes <= VOLUME_BYTES_MAX && bytes.is_multiple_of(BLOCK_BYTES)
 }
 
 fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
@@ -138,9 +166,13 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
             .root
             .ptr
             .map_or((0, 0), |ptr| (ptr.pba.0, ptr.generation.0));
-        let (head, tail) = slot.split_at_mut(KIN_AT);
-        entry.kin.encode(&mut Writer::new(tail));
-        let mut slot = Writer::new(head);
+        entry
+            .kin
+            .encode(&mut Writer::new(slot.get_mut(KIN_AT..).unwrap_or_default()));
+        let mut limits = Writer::new(slot.get_mut(LIMITS_AT..).unwrap_or_default());
+        limits.u64(entry.quota_bytes);
+        limits.u64(entry.reserve_bytes);
+        let mut slot = Writer::new(&mut slot);
         slot.u8(code);
         slot.u8(entry.root.level);
         slot.u8(u8::from(entry.redirects_always));
@@ -159,9 +191,8 @@ fn encode_slot(entry: Option<&CatalogEntry>, writer: &mut Writer<'_>) {
 }
 
 fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<CatalogEntry>> {
-    let slot = reader.bytes(SLOT_BYTES)?;
-    let mut kin = Reader::new(slot.get(KIN_AT..).unwrap_or_default());
-    let mut slot = Reader::new(slot);
+    let slot_bytes = reader.bytes(SLOT_BYTES)?;
+    let mut slot = Reader::new(slot_bytes);
     let damaged = |fact: &str| Error::corrupt(format!("catalog page: {fact}"));
     let code = slot.u8()?;
     if code == 0 {
@@ -200,7 +231,16 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
         return Err(damaged("a hold with a map"));
     }
     let created = Timestamp(slot.u64()?);
+    let mut kin = Reader::new(slot_bytes.get(KIN_AT..).unwrap_or_default());
     let kin = Kin::decode(&mut kin, bounds)?;
+    let mut limits = Reader::new(slot_bytes.get(LIMITS_AT..).unwrap_or_default());
+    let (quota_bytes, reserve_bytes) = (limits.u64()?, limits.u64()?);
+    if !is_limit(quota_bytes) || !is_limit(reserve_bytes) {
+        return Err(damaged("a limit that volumes cannot have"));
+    }
+    if code != 1 && (quota_bytes, reserve_bytes) != (0, 0) {
+        return Err(damaged("a limit of something else than a volume"));
+    }
     let name = std::str::from_utf8(slot.bytes(name_len)?);
     let name = || {
         name.ok()
@@ -236,6 +276,8 @@ fn decode_slot(reader: &mut Reader<'_>, bounds: Bounds) -> Result<Option<Catalog
         mapped_blocks,
         created,
         kin,
+        quota_bytes,
+        reserve_bytes,
     }))
 }
 
@@ -340,6 +382,8 @@ mod tests {
             mapped_blocks: 0,
             created: Timestamp(5),
             kin: Kin::default(),
+            quota_bytes: 0,
+            reserve_bytes: 0,
         }
     }
 

@@ -2,6 +2,7 @@
 //! that checkpoint gives the state again; pages and counts follow from them.
 
 use super::bytes::{Reader, Writer};
+use super::catalog::is_limit;
 use super::layout::usable_blocks;
 use super::map_page::LEAF_ENTRIES;
 use crate::error::{Error, Result};
@@ -13,6 +14,15 @@ use crate::units::{BLOCK_BYTES, Lba, Pba, Timestamp, VolumeId};
 
 /// The most bytes of an encoded record.
 pub(crate) const RECORD_BYTES_MAX: usize = 64 + NAME_BYTES_MAX;
+
+/// What a volume can be told besides its name and its size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Property {
+    /// The most bytes that it maps.
+    Quota,
+    /// Bytes that are set aside for it.
+    Reserve,
+}
 
 /// A change of the metadata.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +86,12 @@ pub(crate) enum Record {
     },
     /// A hold goes.
     Release { id: VolumeId },
+    /// A volume gets a limit, in bytes; 0 takes it away.
+    SetProperty {
+        id: VolumeId,
+        property: Property,
+        value: u64,
+    },
 }
 
 fn is_id(id: VolumeId) -> bool {
@@ -96,7 +112,8 @@ impl Record {
             | Self::Rename { .. }
             | Self::Resize { .. }
             | Self::Hold { .. }
-            | Self::Release { .. } => false,
+            | Self::Release { .. }
+            | Self::SetProperty { .. } => false,
         }
     }
 
@@ -115,10 +132,12 @@ impl Record {
             Self::Grow { .. } => 10,
             Self::Hold { .. } => 11,
             Self::Release { .. } => 12,
+            Self::SetProperty { .. } => 13,
         }
     }
 
     /// Appends the encoded record.
+    #[expect(clippy::too_many_lines, reason = "an arm for each kind of record")]
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         let mut bytes = [0; RECORD_BYTES_MAX];
         let mut writer = Writer::new(&mut bytes);
@@ -211,6 +230,19 @@ impl Record {
                 writer.u64(*blocks);
                 9
             }
+            Self::SetProperty {
+                id,
+                property,
+                value,
+            } => {
+                writer.u64(id.0);
+                writer.u8(match property {
+                    Property::Quota => 1,
+                    Property::Reserve => 2,
+                });
+                writer.u64(*value);
+                18
+            }
         };
         out.extend(bytes.get(..fixed).unwrap_or_default());
         out.extend(trailer.as_bytes());
@@ -250,6 +282,7 @@ impl Record {
                 (POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(blocks)
                     && usable_blocks(*blocks) == *blocks
             }
+            Self::SetProperty { id, value, .. } => is_id(*id) && is_limit(*value),
         }
     }
 
@@ -345,6 +378,15 @@ impl Record {
             },
             12 => Self::Release {
                 id: VolumeId(reader.u64()?),
+            },
+            13 => Self::SetProperty {
+                id: VolumeId(reader.u64()?),
+                property: match reader.u8()? {
+                    1 => Property::Quota,
+                    2 => Property::Reserve,
+                    _ => return Err(damaged("an unknown property")),
+                },
+                value: reader.u64()?,
             },
             _ => return Err(damaged("an unknown kind")),
         };

@@ -15,6 +15,9 @@ pub(crate) const MAGIC: [u8; 8] = *b"BLKFORK\0";
 /// The format that this engine writes and reads.
 pub(crate) const VERSION: u32 = 1;
 const CRC_AT: std::ops::Range<usize> = 12..16;
+const FLAGS_AT: usize = 310;
+/// The bit among the flags for [`Superblock::forbids_overcommit`].
+const NO_OVERCOMMIT: u8 = 1;
 const TOP_AT: usize = 1024;
 const _: () = assert!(TOP_AT + TOP_ENTRIES * ENTRY_BYTES <= BLOCK_LEN);
 
@@ -33,6 +36,8 @@ pub(crate) struct Superblock {
     pub(crate) is_clean: bool,
     /// The boot in which it was opened last.
     pub(crate) boot_id: [u8; 16],
+    /// Whether the volumes together may not be larger than the pool.
+    pub(crate) forbids_overcommit: bool,
     pub(crate) journal: Extent,
     /// The first journal block that is not part of the checkpoint.
     pub(crate) journal_block: u64,
@@ -82,6 +87,13 @@ impl Superblock {
         writer.u8(u8::from(self.is_clean));
         writer.u8(u8::try_from(self.name.as_str().len()).unwrap_or(u8::MAX));
         writer.bytes(self.name.as_str().as_bytes());
+        if let Some(flags) = block.get_mut(FLAGS_AT) {
+            *flags = if self.forbids_overcommit {
+                NO_OVERCOMMIT
+            } else {
+                0
+            };
+        }
         let mut top = Writer::new(block.get_mut(TOP_AT..).unwrap_or_default());
         for entry in self.counts.iter() {
             entry.encode(&mut top);
@@ -129,6 +141,7 @@ impl Superblock {
             .ok()
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| damaged("a name that cannot be"))?;
+        let flags = block.get(FLAGS_AT).copied().unwrap_or(0);
         let plausible = journal_at.start == journal(blocks).start
             && journal_at.count > 0
             && journal_at.count <= blocks
@@ -141,7 +154,8 @@ impl Superblock {
             && pba.0 < blocks
             && catalog_generation <= generation
             && catalog_slots <= VOLUMES_MAX as u64
-            && catalog_level <= 3;
+            && catalog_level <= 3
+            && flags & !NO_OVERCOMMIT == 0;
         if !plausible {
             return Err(damaged("a field that cannot be"));
         }
@@ -159,6 +173,7 @@ impl Superblock {
             session,
             is_clean,
             boot_id,
+            forbids_overcommit: flags & NO_OVERCOMMIT != 0,
             journal: journal_at,
             journal_block,
             journal_chain,
@@ -231,6 +246,7 @@ mod tests {
             session: 2,
             is_clean: true,
             boot_id: [9; 16],
+            forbids_overcommit: true,
             journal: journal(POOL_BLOCKS_MIN),
             journal_block: 77,
             journal_chain: 8,

@@ -95,6 +95,7 @@ impl Draft<'_> {
 
     /// Applies one record and appends it.
     pub(crate) fn apply(&mut self, record: &Record) -> Result<(), Fault> {
+        self.state.metadata.check_quota(record)?;
         let prepared = self.state.metadata.prepare(record)?;
         self.apply_prepared(record, prepared, false)?;
         Ok(())

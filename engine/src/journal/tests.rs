@@ -29,6 +29,7 @@ pub(crate) fn superblock() -> Superblock {
         session: 2,
         is_clean: true,
         boot_id: [0; 16],
+        forbids_overcommit: false,
         journal: layout::journal(BLOCKS),
         journal_block: 0,
         journal_chain: 0,

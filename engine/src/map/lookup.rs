@@ -130,6 +130,16 @@ impl MapStore {
         Ok(leaf.and_then(|entries| entries[leaf_index(first)..].get(..count)))
     }
 
+    /// How many of the `count` blocks from `lba`, all of which one leaf has, are holes.
+    pub(crate) fn holes(&self, root: Root, lba: Lba, count: u64) -> Result<u64, Fault> {
+        let length = usize::try_from(count).unwrap_or(usize::MAX);
+        let entries = self.neighbours(root, lba, length)?;
+        let mapped = entries.map_or(0, |entries| {
+            entries.iter().filter(|entry| entry.0 != 0).count()
+        });
+        Ok(count - mapped as u64)
+    }
+
     /// Logical blocks that a map holds.
     pub(crate) fn mapped(&self, root: Root) -> Result<u64, Fault> {
         root.ptr

@@ -4,6 +4,8 @@
 use super::kin::{Counting, KinTree};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{CatalogEntry, Role, SLOTS_PER_PAGE};
+use crate::format::map_page::LEAF_ENTRIES;
+use crate::format::record::Property;
 use crate::limits::{SNAPSHOT_GROUP_MAX, VOLUMES_MAX};
 use crate::name::{Name, VolumePath};
 use crate::units::{BLOCK_BYTES, Lba, Pba, Seq, VolumeId};
@@ -54,6 +56,12 @@ pub(crate) struct Catalog {
     holds: BTreeMap<(VolumeId, Name), VolumeId>,
     /// What all of these still map, at most.
     backlog_blocks: u64,
+    /// Volumes with a quota.
+    limited: BTreeSet<VolumeId>,
+    /// Volumes with a reserve, and how many blocks each may still need of it.
+    owed: BTreeMap<VolumeId, u64>,
+    /// All of those together.
+    owed_blocks: u64,
     slots: Vec<Option<VolumeId>>,
     free_slots: BTreeSet<usize>,
     dirty_pages: BTreeSet<usize>,
@@ -71,6 +79,9 @@ impl Catalog {
             reclaiming: BTreeSet::new(),
             holds: BTreeMap::new(),
             backlog_blocks: 0,
+            limited: BTreeSet::new(),
+            owed: BTreeMap::new(),
+            owed_blocks: 0,
             slots: Vec::new(),
             free_slots: BTreeSet::new(),
             dirty_pages: BTreeSet::new(),
@@ -145,6 +156,11 @@ impl Catalog {
         }
     }
 
+    /// The same with the pool's name before it, for messages.
+    pub(crate) fn full_path(&self, id: VolumeId) -> Option<String> {
+        self.path(id).map(|path| format!("{}/{path}", self.pool))
+    }
+
     /// Volumes by name.
     pub(crate) fn volume_ids(&self) -> impl Iterator<Item = VolumeId> {
         self.by_name.values().copied()
@@ -215,6 +231,11 @@ impl Catalog {
         let after = volume.backlog();
         self.backlog_blocks = (self.backlog_blocks + after).saturating_sub(before);
         Ok(())
+    }
+
+    /// Whether any volume has a quota.
+    pub(crate) fn has_quotas(&self) -> bool {
+        !self.limited.is_empty()
     }
 
     pub(crate) fn volume_count(&self) -> usize {
@@ -300,14 +321,89 @@ impl Catalog {
         Ok(())
     }
 
+    /// Gives a volume a limit, in bytes; 0 takes it away.
+    pub(crate) fn set_limit(&mut self, id: VolumeId, property: Property, bytes: u64) -> Result<()> {
+        let entry = &mut self.get_mut(id)?.entry;
+        match property {
+            Property::Quota => entry.quota_bytes = bytes,
+            Property::Reserve => entry.reserve_bytes = bytes,
+        }
+        let (has_quota, has_reserve) = (entry.quota_bytes > 0, entry.reserve_bytes > 0);
+        self.note_limits(id, has_quota, has_reserve);
+        Ok(())
+    }
+
+    fn note_limits(&mut self, id: VolumeId, has_quota: bool, has_reserve: bool) {
+        if has_quota {
+            self.limited.insert(id);
+        } else {
+            self.limited.remove(&id);
+        }
+        if has_reserve {
+            self.owed.entry(id).or_insert(0);
+        } else {
+            self.owed_blocks -= self.owed.remove(&id).unwrap_or(0);
+        }
+    }
+
+    /// The volume is as that snapshot was.
+    pub(crate) fn set_origin(&mut self, id: VolumeId, snapshot: VolumeId) -> Result<()> {
+        if let Role::Volume { origin, .. } = &mut self.get_mut(id)?.entry.role {
+            *origin = Some(snapshot);
+        }
+        Ok(())
+    }
+
+    /// Whether any volume has a reserve.
+    pub(crate) fn has_reserves(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
+    /// Blocks that the others may still need of their reserves.
+    pub(crate) fn owed_to_others(&self, id: VolumeId) -> u64 {
+        self.owed_blocks - self.owed.get(&id).unwrap_or(&0)
+    }
+
+    /// Blocks that all volumes may still need of their reserves.
+    pub(crate) fn owed_blocks(&self) -> u64 {
+        self.owed_blocks
+    }
+
+    /// Looks again at what a volume may still need of its reserve.
+    pub(crate) fn refresh_owed(&mut self, id: VolumeId) {
+        let Some(entry) = self.volumes.get(&id).map(|volume| &volume.entry) else {
+            return;
+        };
+        let blocks = owed(entry, entry.kin.own.data);
+        if let Some(before) = self.owed.get_mut(&id) {
+            self.owed_blocks = self.owed_blocks - *before + blocks;
+            *before = blocks;
+        }
+    }
+
+    /// The same for all volumes.
+    pub(crate) fn refresh_all_owed(&mut self) {
+        let ids: Vec<VolumeId> = self.owed.keys().copied().collect();
+        for id in ids {
+            self.refresh_owed(id);
+        }
+    }
+
+    /// What the volume would be owed with other limits and, `is_shared`, right after a snapshot.
+    pub(crate) fn would_owe(entry: &CatalogEntry, is_shared: bool) -> u64 {
+        owed(entry, if is_shared { 0 } else { entry.kin.own.data })
+    }
+
     fn place(&mut self, entry: CatalogEntry, slot: usize, removed_at: Seq) {
         let id = entry.id;
+        self.note_limits(id, entry.quota_bytes > 0, entry.reserve_bytes > 0);
         self.slots[slot] = Some(id);
         self.next_id = self.next_id.max(id.0 + 1);
         self.kin.add(&entry);
         match &entry.role {
-            Role::Volume { name, .. } => {
+            Role::Volume { name, origin } => {
                 self.by_name.insert(name.clone(), id);
+                if origin.is_some() {}
             }
             Role::Snapshot { name, volume } => {
                 self.snapshots.insert((*volume, name.clone()), id);
@@ -358,6 +454,9 @@ impl Catalog {
         self.unname(id);
         if let Some(mut volume) = self.volumes.remove(&id) {
             self.dirty_pages.insert(volume.slot / SLOTS_PER_PAGE);
+            if let Role::Reclaiming { .. } = role {
+                (volume.entry.quota_bytes, volume.entry.reserve_bytes) = (0, 0);
+            }
             volume.entry.role = role;
             let slot = volume.slot;
             self.place(volume.entry, slot, removed_at);
@@ -367,6 +466,7 @@ impl Catalog {
     /// Removes an entry that has no space, or none left to return.
     pub(crate) fn remove(&mut self, id: VolumeId) {
         self.unname(id);
+        self.note_limits(id, false, false);
         if let Some(volume) = self.volumes.remove(&id) {
             self.slots[volume.slot] = None;
             self.free_slots.insert(volume.slot);
@@ -405,6 +505,20 @@ impl Catalog {
         entries.sort_by_key(|entry| entry.id);
         entries
     }
+}
+
+/// Blocks that a volume may still need of its reserve: what it cannot overwrite in place, with the leaves of its map if
+/// that is written in order. No more than the volume holds is ever needed.
+fn owed(entry: &CatalogEntry, alone_blocks: u64) -> u64 {
+    owed_blocks(entry.reserve_bytes.min(entry.bytes), alone_blocks)
+}
+
+/// The same of a reserve of so many bytes.
+pub(super) fn owed_blocks(reserve_bytes: u64, alone_blocks: u64) -> u64 {
+    let need = reserve_bytes
+        .div_ceil(BLOCK_BYTES)
+        .saturating_sub(alone_blocks);
+    need + need.div_ceil(LEAF_ENTRIES as u64 / 2)
 }
 
 fn no_such(id: VolumeId) -> Error {

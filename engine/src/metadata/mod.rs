@@ -4,13 +4,14 @@
 
 mod catalog;
 mod kin;
+mod limits;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use catalog::Catalog;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::catalog::{CatalogEntry, Kin, Own, Role, Root, level_sizes};
+use crate::format::catalog::{CatalogEntry, Kin, Role, Root, level_sizes};
 use crate::format::map_page::level_for;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
@@ -144,6 +145,9 @@ impl Metadata {
                     return Err(Error::corrupt("what is no hold is released").into());
                 }
             },
+            Record::SetProperty { id, .. } => {
+                self.writable(*id)?;
+            }
         }
         Ok(Prepared::Whole)
     }
@@ -221,6 +225,7 @@ impl Metadata {
     }
 
     /// Applies a prepared record, whose number is `seq`.
+    #[expect(clippy::too_many_lines, reason = "an arm for each kind of record")]
     pub(crate) fn apply(&mut self, record: &Record, prepared: Prepared, seq: Seq) -> Result<()> {
         let before = self.space.tally();
         match record {
@@ -313,7 +318,13 @@ impl Metadata {
                 self.note_change(*id, before);
             }
             Record::Hold { .. } | Record::Release { .. } => self.apply_to_holds(record, seq),
+            Record::SetProperty {
+                id,
+                property,
+                value,
+            } => self.catalog.set_limit(*id, *property, *value)?,
         }
+        self.refresh_owed(record);
         Ok(())
     }
 
@@ -340,6 +351,8 @@ impl Metadata {
                 mapped_blocks: 0,
                 created: *created,
                 kin: Kin::default(),
+                quota_bytes: 0,
+                reserve_bytes: 0,
             };
             self.catalog.insert(entry, seq);
         }
@@ -359,12 +372,11 @@ impl Metadata {
         entry.root = root;
         entry.bytes = to.bytes;
         entry.mapped_blocks = to.mapped_blocks;
-        if let Role::Volume { origin, .. } = &mut entry.role {
-            *origin = Some(snapshot);
-        }
         old.id = reclaim;
         old.role = Role::Reclaiming { cursor: Lba(0) };
         old.kin = Kin::default();
+        (old.quota_bytes, old.reserve_bytes) = (0, 0);
+        self.catalog.set_origin(volume, snapshot)?;
         self.catalog.insert(old, seq);
         self.catalog.rolled_back(volume, snapshot);
         Ok(())
@@ -391,6 +403,8 @@ impl Metadata {
         entry.root = MapStore::fork(entry.root, &mut self.space);
         entry.created = created;
         let role = entry.role.clone();
+        // A limit is a volume's own: a snapshot has none, and a clone starts without.
+        (entry.quota_bytes, entry.reserve_bytes) = (0, 0);
         self.catalog.insert(entry, seq);
         self.catalog.forked(from, id, &role);
         Ok(())
@@ -459,10 +473,9 @@ fn empty_volume(id: VolumeId, role: Role, bytes: u64, created: Timestamp) -> Cat
         redirects_always: false,
         mapped_blocks: 0,
         created,
-        kin: Kin {
-            own: Some(Own::default()),
-            ..Kin::default()
-        },
+        kin: Kin::beside(None),
+        quota_bytes: 0,
+        reserve_bytes: 0,
     }
 }
 

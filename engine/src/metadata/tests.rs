@@ -423,6 +423,8 @@ fn volume(id: u64, text: &str) -> CatalogEntry {
         mapped_blocks: 0,
         kin: crate::format::catalog::Kin::default(),
         created: Timestamp(0),
+        quota_bytes: 0,
+        reserve_bytes: 0,
     }
 }
 

@@ -8,15 +8,20 @@
 
 use super::request::Request;
 use super::serve::Payload;
+use crate::clock::{Clock, SystemClock};
 use crate::limits::{NBD_FLUSHERS_MAX, NBD_MEMORY_BYTES_MAX, NBD_REQUESTS_MAX, NBD_WORKERS_MAX};
+use crate::pool::{LOOK_NS, Patience};
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// A request with its payload.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) request: Request,
     pub(super) payload: Payload,
+    /// How much longer it waits, if it found no space.
+    pub(super) patience: Option<Patience>,
 }
 
 #[derive(Debug, Default)]
@@ -25,6 +30,8 @@ struct State {
     quick: VecDeque<(u64, Job)>,
     /// Those among them that will wait for a flush.
     durable: VecDeque<(u64, Job)>,
+    /// Those that found no space, and when they look again; the first one first.
+    parked: VecDeque<(u64, Job)>,
     next: u64,
     under_way: usize,
     memory_bytes: usize,
@@ -42,6 +49,7 @@ pub(super) struct Queue {
     room: Condvar,
     /// Something came, or nothing comes any more.
     work: Condvar,
+    clock: SystemClock,
 }
 
 impl Queue {
@@ -81,17 +89,39 @@ impl Queue {
     pub(super) fn take(&self) -> Option<Job> {
         let mut state = self.state.lock();
         loop {
-            if let Some(job) = state.next_job() {
+            let now = self.clock.monotonic_ns();
+            if let Some(job) = state.due(now).or_else(|| state.next_job()) {
+                if !state.parked.is_empty() {
+                    // Somebody else looks after those.
+                    self.work.notify_one();
+                }
                 return Some(job);
             }
             let is_empty = state.quick.is_empty() && state.durable.is_empty();
-            if state.is_closed && is_empty {
+            if state.is_closed && is_empty && state.parked.is_empty() {
                 return None;
             }
+            let due = state.parked.front().map(|(due, _)| due.saturating_sub(now));
             state.idle += 1;
-            self.work.wait(&mut state);
+            match due {
+                Some(ns) => {
+                    // Whether the time is up shows at the next look.
+                    self.work.wait_for(&mut state, Duration::from_nanos(ns));
+                }
+                None => self.work.wait(&mut state),
+            }
             state.idle -= 1;
         }
+    }
+
+    /// Takes a request that found no space, to hand it out again later; at once where nobody waits for the answer.
+    pub(super) fn park(&self, job: Job) {
+        let due = self.clock.monotonic_ns().saturating_add(LOOK_NS);
+        let mut state = self.state.lock();
+        if job.request.waits_for_flush() {
+            state.flushing -= 1;
+        }
+        state.parked.push_back((due, job));
     }
 
     /// Gives back the room of a request that was answered.
@@ -115,6 +145,22 @@ impl Queue {
 }
 
 impl State {
+    /// A parked request whose time has come: at the latest when nobody waits for its answer.
+    fn due(&mut self, now: u64) -> Option<Job> {
+        let is_due = self.parked.front().is_some_and(|(due, _)| *due <= now);
+        if !is_due && !self.is_closed {
+            return None;
+        }
+        let (_, mut job) = self.parked.pop_front()?;
+        if self.is_closed {
+            job.patience = job.patience.map(Patience::end);
+        }
+        if job.request.waits_for_flush() {
+            self.flushing += 1;
+        }
+        Some(job)
+    }
+
     fn next_job(&mut self) -> Option<Job> {
         let may_flush = self.flushing < NBD_FLUSHERS_MAX;
         let number = |lane: &VecDeque<(u64, Job)>| lane.front().map(|(number, _)| *number);
@@ -146,6 +192,7 @@ mod tests {
         Job {
             request: Request::decode(bytes.try_into().unwrap()).unwrap(),
             payload: Payload::zeroed(0),
+            patience: None,
         }
     }
 

@@ -5,7 +5,7 @@ use super::wire::Errno;
 use crate::device::{BlockBuf, Device};
 use crate::error::{Error, ErrorKind};
 use crate::limits::NBD_STATUS_RUNS_MAX;
-use crate::pool::{Attached, Run};
+use crate::pool::{Attached, Patience, Run};
 use crate::units::BLOCK_LEN;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -48,16 +48,18 @@ pub(super) enum Answer {
     Status(Vec<Run>),
 }
 
-/// Carries out a request; `payload` is that of a write.
+/// Carries out a request; `payload` is that of a write. None: it found no space, and is to come again after
+/// [`LOOK_NS`](crate::pool::LOOK_NS).
 pub(super) async fn serve<D: Device>(
     request: &Request,
     bounds: &Bounds,
     payload: &Payload,
     attached: &Attached,
     device: &D,
-) -> Result<Answer, (Errno, String)> {
+    patience: &mut Option<Patience>,
+) -> Option<Result<Answer, (Errno, String)>> {
     if let Err(errno) = request.check(bounds) {
-        return Err((errno, String::new()));
+        return Some(Err((errno, String::new())));
     }
     let answer = carry_out(request, payload, attached, device).await;
     let answer = match answer {
@@ -66,7 +68,10 @@ pub(super) async fn serve<D: Device>(
         }
         other => other,
     };
-    answer.map_err(|error| refusal(request, &error))
+    match answer {
+        Err(error) if attached.waits(&error, patience) => None,
+        answer => Some(answer.map_err(|error| refusal(request, &error))),
+    }
 }
 
 async fn carry_out<D: Device>(
@@ -86,10 +91,14 @@ async fn carry_out<D: Device>(
             attached.read(device, offset, data.as_mut_slice()).await?;
             return Ok(Answer::Data(data));
         }
-        Command::Write => attached.write(device, offset, payload.as_slice()).await?,
+        Command::Write => {
+            attached
+                .try_write(device, offset, payload.as_slice())
+                .await?;
+        }
         Command::Trim => attached.discard(device, offset, bytes).await?,
         Command::WriteZeroes { keep_space, .. } => {
-            let zeroed = attached.write_zeroes(device, offset, bytes, keep_space);
+            let zeroed = attached.try_write_zeroes(device, offset, bytes, keep_space);
             zeroed.await?;
         }
         Command::BlockStatus { only_one } => {
@@ -123,7 +132,7 @@ fn refusal(request: &Request, error: &Error) -> (Errno, String) {
 
 fn errno(kind: ErrorKind) -> Errno {
     match kind {
-        ErrorKind::OutOfSpace => Errno::NoSpc,
+        ErrorKind::OutOfSpace | ErrorKind::OverQuota => Errno::NoSpc,
         ErrorKind::ReadOnly => Errno::Perm,
         ErrorKind::Invalid => Errno::Inval,
         ErrorKind::Unsupported => Errno::NotSup,

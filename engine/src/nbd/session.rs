@@ -114,9 +114,12 @@ fn transmit<D: Device + Sync>(
     let queue = Queue::default();
     let output = Mutex::new(());
     let work = || {
-        while let Some(job) = queue.take() {
-            answer(&job, socket, &output, export, agreed);
-            queue.done(&job.request);
+        while let Some(mut job) = queue.take() {
+            if answer(&mut job, socket, &output, export, agreed) {
+                queue.done(&job.request);
+            } else {
+                queue.park(job);
+            }
         }
     };
     thread::scope(|scope| {
@@ -126,7 +129,12 @@ fn transmit<D: Device + Sync>(
                 queue.reserve(&request);
                 let mut payload = Payload::zeroed(request.payload_bytes()?);
                 input.read_exact(payload.as_mut_slice()).map_err(lost)?;
-                if !queue.push(Job { request, payload }) {
+                let patience = None;
+                if !queue.push(Job {
+                    request,
+                    payload,
+                    patience,
+                }) {
                     continue;
                 }
                 let builder = thread::Builder::new().name("nbd".into());
@@ -162,13 +170,14 @@ pub(super) fn next_request(input: &mut impl Read) -> Result<Option<Request>> {
     Ok(Some(request))
 }
 
+/// Carries a request out and answers it. False if it found no space and is to come again.
 fn answer<D: Device>(
-    job: &Job,
+    job: &mut Job,
     socket: &Socket,
     output: &Mutex<()>,
     export: &Export<D>,
     agreed: Agreed,
-) {
+) -> bool {
     let attached = export.attached();
     let bounds = Bounds {
         bytes: attached.bytes(),
@@ -177,13 +186,13 @@ fn answer<D: Device>(
         agreed,
     };
     let (request, payload) = (&job.request, &job.payload);
-    let answer = block_on(serve::serve(
-        request,
-        &bounds,
-        payload,
-        attached,
-        export.device(),
-    ));
+    let mut patience = job.patience.take();
+    let device = export.device();
+    let served = serve::serve(request, &bounds, payload, attached, device, &mut patience);
+    let Some(answer) = block_on(served) else {
+        job.patience = patience;
+        return false;
+    };
     let head = reply::head(request, agreed, &answer);
     let body = match &answer {
         Ok(Answer::Data(data)) => data.as_slice(),
@@ -195,4 +204,5 @@ fn answer<D: Device>(
         // The reader sees it too, and ends.
         socket.shut_down();
     }
+    true
 }

@@ -7,7 +7,7 @@ use crate::device::{Destination, Device, Source};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
 use crate::name::VolumePath;
-use crate::sync::Published;
+use crate::sync::{Latch, Published};
 use crate::units::{BLOCK_BYTES, VolumeId};
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,6 +23,10 @@ pub(super) struct AttachedVolume {
     sector_bytes: u32,
     redirects_always: bool,
     is_read_only: bool,
+    /// How long a request waits that finds no space; 0 for not at all.
+    pub(super) queue_seconds: Published,
+    /// Whoever it is attached for is about to go.
+    pub(super) is_going: Latch,
 }
 
 /// A change of volumes that depends on whether they are attached. While it lives nobody attaches them; who looks after it
@@ -120,8 +124,8 @@ impl Direct<'_> {
 /// A volume or a snapshot that a frontend serves.
 #[derive(Debug)]
 pub struct Attached {
-    pool: Arc<Pool>,
-    volume: Arc<AttachedVolume>,
+    pub(super) pool: Arc<Pool>,
+    pub(super) volume: Arc<AttachedVolume>,
     first_path: VolumePath,
 }
 
@@ -141,6 +145,8 @@ impl Attached {
                 sector_bytes: entry.sector_bytes,
                 redirects_always: entry.redirects_always,
                 is_read_only: read_only || matches!(entry.role, Role::Snapshot { .. }),
+                queue_seconds: Published::new(0),
+                is_going: Latch::default(),
             })
         })?;
         let volume = Arc::new(volume);
@@ -288,8 +294,18 @@ impl Attached {
         done
     }
 
-    /// Writes `from` at byte `offset`, in whole sectors. Acknowledged, not durable.
+    /// What [`Attached::try_write`] does; where the volume was attached so, it waits for space. Others of the same queue go on.
     pub async fn write<D, S>(&self, device: &D, offset: u64, from: &S) -> Result<()>
+    where
+        D: Device,
+        S: Source<D> + ?Sized,
+    {
+        self.patiently(device, async || self.try_write(device, offset, from).await)
+            .await
+    }
+
+    /// Writes `from` at byte `offset`, in whole sectors. Acknowledged, not durable.
+    pub(crate) async fn try_write<D, S>(&self, device: &D, offset: u64, from: &S) -> Result<()>
     where
         D: Device,
         S: Source<D> + ?Sized,
@@ -299,7 +315,11 @@ impl Attached {
         let began = counters.begin(from.size(), clock);
         let _alone = self.lock(offset, from.size() as u64).await;
         let done = self.io(device).write(offset, from).await;
-        counters.end(began, clock);
+        match &done {
+            // It comes again, and counts once.
+            Err(error) if self.may_wait(error) => counters.forget(from.size()),
+            Ok(()) | Err(_) => counters.end(began, clock),
+        }
         done
     }
 
@@ -323,8 +343,23 @@ impl Attached {
         self.io(device).discard(offset, bytes).await
     }
 
-    /// Zeroes the range to the byte; `keep_space`: blocks stay allocated (NOUNMAP).
+    /// What [`Attached::try_write_zeroes`] does; where the volume was attached so, it waits for space.
     pub async fn write_zeroes<D: Device>(
+        &self,
+        device: &D,
+        offset: u64,
+        bytes: u64,
+        keep_space: bool,
+    ) -> Result<()> {
+        self.patiently(device, async || {
+            self.try_write_zeroes(device, offset, bytes, keep_space)
+                .await
+        })
+        .await
+    }
+
+    /// Zeroes the range to the byte; `keep_space`: blocks stay allocated (NOUNMAP).
+    pub(crate) async fn try_write_zeroes<D: Device>(
         &self,
         device: &D,
         offset: u64,

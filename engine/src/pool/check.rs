@@ -284,7 +284,7 @@ impl Findings {
         let entries = catalog.entries().into_iter();
         entries
             .filter_map(|entry| {
-                let (says, is) = (entry.kin.own?, *self.reach.own.get(&entry.id)?);
+                let (says, is) = (entry.kin.counted()?, *self.reach.own.get(&entry.id)?);
                 (says != is && catalog.path(entry.id).is_some()).then_some((entry.id, is, says))
             })
             .collect()

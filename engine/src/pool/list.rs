@@ -1,7 +1,9 @@
 //! Looking: the list of volumes, the pool's state, its counters.
 
 use super::Pool;
-use super::report::{Backlog, Entry, EntryKind, OutlineEntry, PoolStats, PoolStatus, Redirect};
+use super::report::{
+    Backlog, Entry, EntryKind, Limits, OutlineEntry, PoolStats, PoolStatus, Redirect,
+};
 use crate::device::Device;
 use crate::error::Result;
 use crate::format::catalog::{Own, Role};
@@ -94,6 +96,8 @@ impl Pool {
                 used_bytes: space.used_blocks() * BLOCK_BYTES,
                 pending_bytes: space.pending_blocks() * BLOCK_BYTES,
                 reserve_bytes: space.reserve_blocks() * BLOCK_BYTES,
+                set_aside_bytes: catalog.owed_blocks().saturating_mul(BLOCK_BYTES),
+                overcommit: !self.forbids_overcommit,
                 volumes: catalog.volume_count() as u64,
                 snapshots: catalog.snapshot_count() as u64,
                 reclaiming: catalog.reclaiming().len() as u64,
@@ -188,9 +192,10 @@ fn describe(metadata: &Metadata, id: VolumeId) -> Option<(Entry, bool)> {
         shared_bytes: 0,
         created: entry.created,
         holds: tags(&metadata.catalog, id),
+        limits: Limits::of(entry),
     };
-    tell_own(&mut described, entry.kin.own.unwrap_or_default());
-    Some((described, entry.kin.own.is_some()))
+    tell_own(&mut described, entry.kin.own);
+    Some((described, entry.kin.is_counted))
 }
 
 fn tags(catalog: &Catalog, snapshot: VolumeId) -> Vec<Name> {

@@ -5,7 +5,9 @@
 
 mod attached;
 mod check;
+mod full;
 mod holds;
+mod limits;
 mod list;
 mod maintain;
 mod mend;
@@ -23,6 +25,7 @@ mod volumes;
 
 pub use crate::datapath::Run;
 pub use attached::{Attached, Direct, Transfer};
+pub(crate) use full::{LOOK_NS, Patience};
 pub use open::{CreateOptions, OpenOptions, PoolLabel, RingPlace};
 pub use repair::RepairOptions;
 pub use report::*;
@@ -52,6 +55,7 @@ pub struct Pool {
     /// Volumes that may lack acknowledged writes: nobody gets to read them.
     withheld: BTreeSet<VolumeId>,
     is_read_only: bool,
+    forbids_overcommit: bool,
     ring: RingPlace,
     ledger: Ledger,
     checkpoints: Checkpoints,

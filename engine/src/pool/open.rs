@@ -80,6 +80,22 @@ pub struct PoolLabel {
 impl Pool {
     /// Writes an empty pool; the device's content is gone.
     pub async fn create<D: Device>(device: &D, options: CreateOptions) -> Result<()> {
+        Self::create_as(device, options, false).await
+    }
+
+    /// The same, for a pool whose volumes together may not be larger than it.
+    pub async fn create_without_overcommit<D: Device>(
+        device: &D,
+        options: CreateOptions,
+    ) -> Result<()> {
+        Self::create_as(device, options, true).await
+    }
+
+    async fn create_as<D: Device>(
+        device: &D,
+        options: CreateOptions,
+        forbids_overcommit: bool,
+    ) -> Result<()> {
         let blocks = usable_blocks(options.blocks);
         if !(POOL_BLOCKS_MIN..=POOL_BLOCKS_MAX).contains(&blocks) {
             return Err(Error::with(
@@ -100,6 +116,7 @@ impl Pool {
             session: 0,
             is_clean: true,
             boot_id: [0; 16],
+            forbids_overcommit,
             journal: journal(blocks),
             journal_block: 0,
             journal_chain: 0,
@@ -165,6 +182,8 @@ impl Pool {
         let mut metadata = metadata;
         metadata.limit(METADATA_CACHE_BYTES_DEFAULT);
         let has_unsaved = unsaved.next > superblock.seq;
+        let mut metadata = metadata;
+        metadata.catalog.refresh_all_owed();
         let ledger = Ledger::new(
             metadata,
             unsaved.next,
@@ -179,6 +198,7 @@ impl Pool {
             warnings,
             withheld,
             is_read_only: options.read_only,
+            forbids_overcommit: superblock.forbids_overcommit,
             ring: options.ring,
             checkpoints: Checkpoints::new(superblock),
             ledger,

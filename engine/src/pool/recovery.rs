@@ -269,7 +269,8 @@ fn subject(record: &Record) -> VolumeId {
         | Record::Rename { id, .. }
         | Record::Resize { id, .. }
         | Record::Hold { id, .. }
-        | Record::Release { id } => *id,
+        | Record::Release { id }
+        | Record::SetProperty { id, .. } => *id,
         Record::Grow { .. } => VolumeId(0),
     }
 }

@@ -15,6 +15,20 @@ pub enum Redirect {
     Always,
 }
 
+/// What a write does that finds no space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// It fails at once.
+    #[default]
+    Error,
+    /// It waits for space, and fails after so many seconds.
+    Queue {
+        /// How many.
+        seconds: u32,
+    },
+}
+
 /// What a new volume is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeOptions {
@@ -24,6 +38,35 @@ pub struct VolumeOptions {
     pub sector_bytes: u32,
     /// Which of its writes are redirected.
     pub redirect: Redirect,
+}
+
+/// What a volume may take of the pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The most bytes that it maps.
+    pub quota_bytes: Option<u64>,
+    /// Bytes that are set aside for it: others leave it so much.
+    pub reserve_bytes: Option<u64>,
+}
+
+/// One of [`Limits`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    /// [`Limits::quota_bytes`].
+    Quota,
+    /// [`Limits::reserve_bytes`].
+    Reserve,
+}
+
+/// A limit that a volume gets, or loses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitChange {
+    /// Which.
+    pub limit: Limit,
+    /// Its value from now on; none takes it away.
+    pub bytes: Option<u64>,
 }
 
 /// A volume or a snapshot in a list.
@@ -54,6 +97,9 @@ pub struct Entry {
     /// The tags of its holds, which keep it from being removed; none on a volume.
     #[serde(default)]
     pub holds: Vec<Name>,
+    /// What it may take; nothing for a snapshot.
+    #[serde(flatten)]
+    pub limits: Limits,
 }
 
 /// What the catalog alone knows of a volume or a snapshot.
@@ -98,6 +144,12 @@ pub struct PoolStatus {
     pub pending_bytes: u64,
     /// Bytes kept back for metadata.
     pub reserve_bytes: u64,
+    /// Bytes of the free ones that are set aside for volumes with a reserve.
+    #[serde(default)]
+    pub set_aside_bytes: u64,
+    /// Whether the volumes together may be larger than the pool.
+    #[serde(default = "yes")]
+    pub overcommit: bool,
     /// Volumes.
     pub volumes: u64,
     /// Snapshots.
@@ -114,6 +166,11 @@ pub struct PoolStatus {
     pub poisoned: bool,
     /// Faults found on the way that did not stop anything, such as a superblock copy that was damaged.
     pub warnings: Vec<String>,
+}
+
+/// What pools allow unless they were made otherwise.
+fn yes() -> bool {
+    true
 }
 
 /// What removing something frees, or would free.

@@ -62,6 +62,7 @@ impl Pool {
                         created,
                     }));
                 }
+                draft.metadata().check_snapshots(&volumes)?;
                 draft.apply_all(&records)?;
                 closing.flip();
                 Ok((volumes, self.ledger.clock.monotonic_ns() - began))
@@ -87,6 +88,8 @@ impl Pool {
     ) -> Result<VolumeId> {
         self.require_snapshot(snapshot)?;
         let _alone = self.control.lock().await;
+        let size = self.bytes_of(snapshot)?;
+        self.check_commit(volume, size)?;
         let created = self.ledger.clock.now();
         self.change(device, |draft| {
             let catalog = &draft.metadata().catalog;
@@ -115,6 +118,9 @@ impl Pool {
         let volume = self
             .ledger
             .look(|metadata| Ok::<_, Error>(metadata.catalog.find(&origin)?.entry.id))?;
+        if self.bytes_of(snapshot)? > self.bytes_of(&origin)? {
+            self.check_commit(&origin.volume, self.bytes_of(snapshot)?)?;
+        }
         let _change = Change::announce(self, vec![volume]);
         let closing = self.ledger.gate.closing().await;
         let (volume, bytes) = self
@@ -141,6 +147,12 @@ impl Pool {
         }
         self.maintenance.want();
         Ok(())
+    }
+
+    /// The size of a volume or snapshot.
+    fn bytes_of(&self, path: &VolumePath) -> Result<u64> {
+        self.ledger
+            .look(|metadata| metadata.catalog.find(path).map(|found| found.entry.bytes))
     }
 
     pub(super) fn require_snapshot(&self, path: &VolumePath) -> Result<()> {

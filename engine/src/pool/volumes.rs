@@ -2,7 +2,8 @@
 
 use super::Pool;
 use super::attached::Change;
-use super::report::{Redirect, Removal, VolumeOptions};
+use super::limits::create_limited;
+use super::report::{Limits, Redirect, Removal, VolumeOptions};
 use crate::datapath::Counters;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -53,23 +54,38 @@ impl Pool {
         name: &Name,
         options: VolumeOptions,
     ) -> Result<VolumeId> {
+        self.create_limited_volume(device, name, options, Limits::default())
+            .await
+    }
+
+    /// Makes an empty volume with limits, both or neither.
+    pub async fn create_limited_volume<D: Device>(
+        &self,
+        device: &D,
+        name: &Name,
+        options: VolumeOptions,
+        limits: Limits,
+    ) -> Result<VolumeId> {
         check_size(
             &format!("{}/{name}", self.name),
             options.bytes,
             options.sector_bytes,
         )?;
+        self.check_limits(name, options.bytes, limits)?;
         let _alone = self.control.lock().await;
+        self.check_commit(name, options.bytes)?;
         let created = self.ledger.clock.now();
         self.change(device, |draft| {
             let id = draft.metadata().catalog.next_id();
-            draft.apply(&Record::Create {
+            let create = Record::Create {
                 id,
                 name: name.clone(),
                 bytes: options.bytes,
                 sector_bytes: options.sector_bytes,
                 redirects_always: options.redirect == Redirect::Always,
                 created,
-            })?;
+            };
+            create_limited(draft, &create, id, limits)?;
             Ok(id)
         })
         .await
@@ -129,6 +145,9 @@ impl Pool {
         check_size(&shown, bytes, entry.sector_bytes)?;
         let _change = Change::announce(self, vec![entry.id]);
         let attached = self.attached.lock().get(&entry.id).cloned();
+        if bytes > entry.bytes {
+            self.check_commit(volume, bytes)?;
+        }
         if bytes < entry.bytes {
             if !allow_shrink {
                 let message = format!(

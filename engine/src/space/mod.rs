@@ -19,6 +19,7 @@ use crate::format::counts::{Halves, Index, IndexEntry, empty_index};
 use crate::format::layout::{
     self, Bounds, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS, Slot, TOP_ENTRIES,
 };
+use crate::format::map_page::LEAF_ENTRIES;
 use crate::format::page::PagePtr;
 use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
@@ -71,6 +72,8 @@ pub(crate) struct SpaceMap {
     index: [Vec<Option<(Slot, Generation)>>; INDEX_LEVELS as usize],
     /// Blocks that a reservation could take now.
     available: u64,
+    /// Blocks that have no fixed use.
+    usable: u64,
     /// Where the next search for a run begins.
     cursor: u64,
     /// Blocks set aside for metadata pages.
@@ -116,6 +119,7 @@ impl SpaceMap {
             regions_max: usize::MAX,
             index: Default::default(),
             available: 0,
+            usable: 0,
             cursor: 0,
             metadata: VecDeque::new(),
             kept_back: 0,
@@ -149,9 +153,11 @@ impl SpaceMap {
         let (before, journal) = (self.blocks, self.journal);
         if let Some(last) = self.regions.len().checked_sub(1) {
             let region = last as u64;
-            self.available += self
+            let gained = self
                 .region_mut(region)
                 .grow(region, before, blocks, journal);
+            self.available += gained;
+            self.usable += gained;
         }
         self.add_regions(blocks);
     }
@@ -161,6 +167,7 @@ impl SpaceMap {
         for index in self.regions.len() as u64..layout::region_count(blocks) {
             let region = Region::virgin(index, blocks, self.journal);
             self.available += region.available();
+            self.usable += region.available();
             self.regions.push(region);
         }
         let mut pages = layout::region_count(blocks);
@@ -186,7 +193,11 @@ impl SpaceMap {
     /// Blocks kept back for metadata: what deleting, discarding and rolling back on a full pool may take until a
     /// checkpoint gives space back.
     pub(crate) fn reserve_blocks(&self) -> u64 {
-        (self.blocks / 128).clamp(256, 65_536) + self.kept_back
+        self.metadata_reserve() + self.kept_back
+    }
+
+    fn metadata_reserve(&self) -> u64 {
+        (self.blocks / 128).clamp(256, 65_536)
     }
 
     /// Keeps so many blocks back for a checkpoint's own pages.
@@ -202,6 +213,14 @@ impl SpaceMap {
     pub(crate) fn free_for_data(&self) -> u64 {
         let set_aside = self.set_aside_blocks();
         (self.available + set_aside).saturating_sub(self.reserve_blocks())
+    }
+
+    /// Blocks that data can take of an empty pool: with a leaf for each 512 of them, and as many again for the copies of
+    /// leaves between two checkpoints. `kept_back` is what its catalog will have kept back.
+    pub(crate) fn data_capacity(&self, kept_back: u64) -> u64 {
+        let kept = self.metadata_reserve() + kept_back;
+        let room = self.usable.saturating_sub(kept);
+        room - room.div_ceil(LEAF_ENTRIES as u64 / 2)
     }
 
     /// Blocks released and not reusable yet.

@@ -305,6 +305,7 @@ impl Served {
     /// Stops and deletes the device; `/dev/ublkbN` is gone on return. The caller has seen that nobody holds it. Blocks.
     pub fn remove(self) -> Result<()> {
         let dev_id = self.state.dev_id;
+        self.attached().stop_waiting();
         // The queues serve until this returned: what is dirty in the page cache comes first.
         steps::stop(dev_id)?;
         self.end_queues(false)?;
@@ -317,6 +318,7 @@ impl Served {
     /// On return this process does nothing more for the device; the kernel parks its requests. Never deletes it. Blocks.
     pub fn abandon(self) {
         let device = self.path();
+        self.attached().stop_waiting();
         match self.end_queues(true) {
             Ok(()) => tracing::info!(device = %device.display(), "left to be recovered"),
             Err(error) => tracing::warn!("{error}"),

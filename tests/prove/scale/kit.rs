@@ -14,8 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Whether a pool can be told how much memory it may take for metadata. With the option, [`Bench::open_with`] passes it on.
-pub(super) const HAS_METADATA_CACHE: bool = false;
 /// What is measured at a time: shorter than the time that the scheduler gives, so that the median of many is undisturbed.
 pub(super) const PIECE: u64 = 256;
 /// How long the background thread rests where there is nothing more to do; a daemon's is woken by a removal too.
@@ -64,7 +62,7 @@ impl<D: Device> Bench<D> {
     }
 
     /// The same, with so many bytes of memory for metadata; by default as many as the engine thinks fit.
-    pub(super) fn open_with(device: D, blocks: u64, _metadata_cache: Option<u64>) -> Self {
+    pub(super) fn open_with(device: D, blocks: u64, metadata_cache: Option<u64>) -> Self {
         let options = OpenOptions {
             read_only: false,
             device_blocks: blocks,
@@ -72,6 +70,9 @@ impl<D: Device> Bench<D> {
             clock: Arc::new(SystemClock::new()),
         };
         let pool = block_on(Pool::open(&device, options)).expect("the pool opens");
+        if let Some(bytes) = metadata_cache {
+            pool.limit_metadata(bytes);
+        }
         Self {
             device,
             pool: Arc::new(pool),
@@ -127,7 +128,11 @@ impl<D: Device> Bench<D> {
     /// Blocks that would come back if all these went together.
     pub(super) fn blocks_of(&self, targets: &[VolumePath]) -> u64 {
         let removal = block_on(self.pool.remove(&self.device, targets, false, true));
-        removal.expect("a dry run").freed_bytes / BLOCK_BYTES
+        removal
+            .expect("a dry run")
+            .freed_bytes
+            .expect("a dry run tells")
+            / BLOCK_BYTES
     }
 
     /// Writes one block of zeros, which is as good as any other to the engine.

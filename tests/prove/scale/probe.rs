@@ -1,7 +1,7 @@
 //! The other half of the scene `huge`, in a process of its own: opens the pool that was built, and prints what it measures
 //! as lines `@ NAME VALUE`.
 
-use super::kit::{Bench, HAS_METADATA_CACHE, Over, seconds, timed};
+use super::kit::{Bench, Over, seconds, timed};
 use super::sparse::{self, Hurried};
 use blockfork::device::{Access, BlockBuf, Device, FileDevice, PoolFile};
 use blockfork::error::Result;
@@ -51,12 +51,10 @@ pub(super) fn run(folder: &Path, seed: u64) {
     volume.detach();
     drop(volume);
     drop(bench.close());
-    if HAS_METADATA_CACHE {
-        let whole = blocks * MAP_BYTES_PER_BLOCK;
-        let all = read_rate(folder, whole, &mut rng);
-        let quarter = read_rate(folder, whole / 4, &mut rng);
-        println!("@ reads_kept {}", quarter / all);
-    }
+    let whole = blocks * MAP_BYTES_PER_BLOCK;
+    let all = read_rate(folder, whole, &mut rng);
+    let quarter = read_rate(folder, whole / 4, &mut rng);
+    println!("@ reads_kept {}", quarter / all);
 }
 
 /// Reads and writes at random, until nearly every leaf and every region's counts were needed.

@@ -41,13 +41,19 @@ pub(super) fn check_size(bytes: u64) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn create(name: &Name, path: &Path, size: Option<u64>, force: bool) -> Result<()> {
+pub(super) fn create(
+    name: &Name,
+    path: &Path,
+    size: Option<u64>,
+    force: bool,
+    overcommits: bool,
+) -> Result<()> {
     let registry = Registry::from_env()?;
     refuse_known(&registry, name, path)?;
     size.map_or(Ok(()), check_size)?;
     registry.prepare()?;
     let is_new = make_file(path, size)?;
-    let created = create_in(name, path, size, is_new || force);
+    let created = create_in(name, path, size, is_new || force, overcommits);
     if created.is_err() && is_new {
         state::remove_file(path)?;
     }
@@ -102,7 +108,13 @@ fn make_file(path: &Path, size: Option<u64>) -> Result<bool> {
     Ok(true)
 }
 
-fn create_in(name: &Name, path: &Path, size: Option<u64>, force: bool) -> Result<PoolEntry> {
+fn create_in(
+    name: &Name,
+    path: &Path,
+    size: Option<u64>,
+    force: bool,
+    overcommits: bool,
+) -> Result<PoolEntry> {
     let access = Access {
         write: true,
         lock_wait_ms: 0,
@@ -149,7 +161,12 @@ fn create_in(name: &Name, path: &Path, size: Option<u64>, force: bool) -> Result
         blocks: bytes / BLOCK_BYTES,
         created: SystemClock::new().now(),
     };
-    block_on(Pool::create(&FileDevice::new(Arc::new(file)), options))?;
+    let device = FileDevice::new(Arc::new(file));
+    if overcommits {
+        block_on(Pool::create(&device, options))?;
+    } else {
+        block_on(Pool::create_without_overcommit(&device, options))?;
+    }
     Ok(PoolEntry {
         name: name.clone(),
         path,

@@ -123,6 +123,11 @@ pub(super) fn status(name: &Name, format: Format) -> Result<()> {
         ("free", format.size(pool.free_bytes)),
         ("pending", format.size(pool.pending_bytes)),
         ("reserve", format.size(pool.reserve_bytes)),
+        ("set aside", format.size(pool.set_aside_bytes)),
+        (
+            "overcommit",
+            if pool.overcommit { "yes" } else { "no" }.to_owned(),
+        ),
         ("volumes", pool.volumes.to_string()),
         ("snapshots", pool.snapshots.to_string()),
         ("reclaiming", pool.reclaiming.to_string()),

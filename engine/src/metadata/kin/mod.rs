@@ -36,6 +36,12 @@ pub(super) struct Counting {
     told_in: Option<u64>,
 }
 
+/// Somebody else has all that it has.
+fn shares_all(kin: &mut Kin) {
+    kin.own = Own::default();
+    kin.is_counted = true;
+}
+
 fn is_kept(entry: &CatalogEntry) -> bool {
     match entry.role {
         Role::Volume { .. } | Role::Snapshot { .. } => true,
@@ -58,7 +64,7 @@ impl KinTree {
         if let Some(parent) = kin.parent {
             self.children.insert((parent, id));
         }
-        if kin.own.is_none() {
+        if !kin.is_counted {
             self.uncounted.insert(id);
         }
     }
@@ -115,16 +121,17 @@ impl Catalog {
         let after = volume.entry.kin;
         self.kin.displace(id, before);
         self.kin.place(id, after);
+        self.refresh_owed(id);
     }
 
     /// What an entry owns alone has to be counted.
     fn forget_own(&mut self, id: VolumeId) {
         let is_known = self.get_unsaved(id).is_some_and(|volume| {
             volume.counting.counted_in = None;
-            volume.entry.kin.own.is_some()
+            volume.entry.kin.is_counted
         });
         if is_known {
-            self.set_kin(id, |kin| kin.own = None);
+            self.set_kin(id, |kin| kin.is_counted = false);
         }
     }
 
@@ -151,35 +158,21 @@ impl Catalog {
 
     /// An entry was made that begins as `from` is: both have everything in common.
     pub(super) fn forked(&mut self, from: VolumeId, id: VolumeId, role: &Role) {
-        let alone = Some(Own::default());
         let mut parent = Some(from);
         if let Role::Snapshot { .. } = role {
             // It stands between the volume and what that went on from.
             parent = self.get(from).ok().and_then(|found| found.entry.kin.parent);
             self.set_kin(from, |kin| kin.parent = Some(id));
         }
-        self.set_kin(from, |kin| kin.own = alone);
-        self.set_kin(id, |kin| {
-            *kin = Kin {
-                parent,
-                is_ragged: false,
-                own: alone,
-            };
-        });
+        self.set_kin(from, shares_all);
+        self.set_kin(id, |kin| *kin = Kin::beside(parent));
     }
 
     /// A volume became as `snapshot` is; what it held goes.
     pub(super) fn rolled_back(&mut self, volume: VolumeId, snapshot: VolumeId) {
         self.forget_adjacent(volume);
-        let alone = Some(Own::default());
-        self.set_kin(snapshot, |kin| kin.own = alone);
-        self.set_kin(volume, |kin| {
-            *kin = Kin {
-                parent: Some(snapshot),
-                is_ragged: false,
-                own: alone,
-            };
-        });
+        self.set_kin(snapshot, shares_all);
+        self.set_kin(volume, |kin| *kin = Kin::beside(Some(snapshot)));
     }
 
     /// A volume or snapshot is about to be removed: what went on from it goes on from its parent.
@@ -227,14 +220,13 @@ impl Catalog {
             volume.entry.mapped_blocks = mapped;
         }
         volume.counting.counted_in = None;
-        if let Some(own) = &mut volume.entry.kin.own {
-            let pages_taken = after.pages_taken - before.pages_taken;
-            let pages_freed = after.pages_freed - before.pages_freed;
-            let data_taken = after.taken - before.taken - pages_taken;
-            let data_freed = (after.freed - before.freed).saturating_sub(pages_freed);
-            own.pages = (own.pages + pages_taken).saturating_sub(pages_freed);
-            own.data = (own.data + data_taken).saturating_sub(data_freed);
-        }
+        let own = &mut volume.entry.kin.own;
+        let pages_taken = after.pages_taken - before.pages_taken;
+        let pages_freed = after.pages_freed - before.pages_freed;
+        let data_taken = after.taken - before.taken - pages_taken;
+        let data_freed = (after.freed - before.freed).saturating_sub(pages_freed);
+        own.pages = (own.pages + pages_taken).saturating_sub(pages_freed);
+        own.data = (own.data + data_taken).saturating_sub(data_freed);
         // What a removed tree still owns too, it leaves to somebody else later. Once in a round is enough: nobody is
         // counted for good who was told since its counting began.
         let leaves_some = is_reclaiming || after.left_alone != before.left_alone;
@@ -274,7 +266,10 @@ impl Catalog {
             .is_ok_and(|found| found.counting.counted_in == Some(round))
             && self.reclaiming().is_empty();
         if is_quiet {
-            self.set_kin(id, |kin| kin.own = Some(own));
+            self.set_kin(id, |kin| {
+                kin.own = own;
+                kin.is_counted = true;
+            });
         }
         is_quiet
     }

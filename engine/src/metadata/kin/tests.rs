@@ -20,7 +20,7 @@ impl Metadata {
     }
 
     fn known(&self, id: u64) -> Option<Own> {
-        self.catalog.get(VolumeId(id)).unwrap().entry.kin.own
+        self.catalog.get(VolumeId(id)).unwrap().entry.kin.counted()
     }
 
     fn kept(&self, kind: fn(&Role) -> bool) -> Vec<u64> {
@@ -39,7 +39,15 @@ impl Metadata {
     fn check_owners(&self, context: &str) -> usize {
         let mut known = 0;
         for entry in self.catalog.entries() {
-            if let (Some(own), false) = (entry.kin.own, is_removed(&entry.role)) {
+            let at_least = entry.kin.own;
+            let walked = self.walked(entry.root);
+            let is_bound = at_least.data <= walked.data && at_least.pages <= walked.pages;
+            assert!(
+                is_removed(&entry.role) || is_bound,
+                "{context}: {}",
+                entry.id.0
+            );
+            if let (Some(own), false) = (entry.kin.counted(), is_removed(&entry.role)) {
                 assert_eq!(
                     own,
                     self.walked(entry.root),
