@@ -181,9 +181,8 @@ impl Pool {
         };
         let mut metadata = metadata;
         metadata.limit(METADATA_CACHE_BYTES_DEFAULT);
-        let has_unsaved = unsaved.next > superblock.seq;
-        let mut metadata = metadata;
         metadata.catalog.refresh_all_owed();
+        let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
             metadata,
             unsaved.next,
