@@ -465,3 +465,27 @@ fn without_overcommit_every_volume_can_be_written_whole() {
     now(pool.grow(&device, 2 * BLOCKS)).unwrap();
     make(&pool, "c", 1000).unwrap();
 }
+
+#[test]
+fn a_limit_that_cannot_be_is_damage_in_the_journal() {
+    let record = |property: u8, value: u64| {
+        let mut bytes = vec![13];
+        bytes.extend(5_u64.to_le_bytes());
+        bytes.push(property);
+        bytes.extend(value.to_le_bytes());
+        Record::decode(&bytes)
+    };
+    let quota = Record::SetProperty {
+        id: VolumeId(5),
+        property: Property::Quota,
+        value: 8192,
+    };
+    assert_eq!(record(1, 8192).unwrap(), quota);
+    let mut encoded = Vec::new();
+    quota.encode(&mut encoded);
+    assert_eq!(Record::decode(&encoded).unwrap(), quota);
+    for (property, value) in [(0, 0), (3, 0), (1, 1), (2, 1 << 51), (2, u64::MAX - 4095)] {
+        let error = record(property, value).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{property} {value}");
+    }
+}
