@@ -21,7 +21,7 @@ const USED_MAX: f64 = 1.02;
 pub(super) fn run(setting: &Setting, card: &mut Card) {
     let snapshots: u64 = setting.pick(500, 1_000);
     let mut rng = Rng::with_seed(setting.seed);
-    let bench = Bench::create(Ram::new(), POOL_BLOCKS);
+    let bench = Bench::create(Ram::new(POOL_BLOCKS), POOL_BLOCKS);
     bench.settle();
     let used = || bench.pool.status().used_bytes / BLOCK_BYTES;
     let empty = used();

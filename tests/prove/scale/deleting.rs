@@ -37,7 +37,7 @@ fn returns_at_once(setting: &Setting, card: &mut Card) {
     let large = setting.pick(1 << 18, 1 << 22);
     let rounds = setting.pick(7, 15);
     let mut rng = Rng::with_seed(setting.seed);
-    let bench = Bench::create(Ram::new(), 4 * large);
+    let bench = Bench::create(Ram::new(4 * large), 4 * large);
     let mut times: [[Vec<u64>; 2]; KINDS.len()] = Default::default();
     for _ in 0..rounds {
         for (size, blocks) in [SMALL_BLOCKS, large].into_iter().enumerate() {

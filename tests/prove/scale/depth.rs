@@ -21,7 +21,7 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
     let depth = setting.pick(200, 1_000);
     let rounds = setting.pick(1_000, 4_000);
     let mut rng = Rng::with_seed(setting.seed);
-    let bench = Bench::create(Ram::new(), POOL_BLOCKS);
+    let bench = Bench::create(Ram::new(POOL_BLOCKS), POOL_BLOCKS);
     let base = bench.volume("v0", VOLUME_BLOCKS, Redirect::Shared);
     bench.fill(&base);
     base.detach();

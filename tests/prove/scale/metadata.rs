@@ -33,7 +33,7 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
 /// Metadata in percent of so many blocks that `fill` writes. Everything that the engine keeps for them counts, with both
 /// places of each count page; the journal and the superblock copies, which every pool has once, do not.
 fn percent(blocks: u64, fill: impl FnOnce(&Bench<Ram>, &Attached)) -> f64 {
-    let bench = Bench::create(Ram::new(), blocks + blocks / 16);
+    let bench = Bench::create(Ram::new(blocks + blocks / 16), blocks + blocks / 16);
     let used = |bench: &Bench<Ram>| bench.pool.status().used_bytes / BLOCK_BYTES;
     bench.settle();
     let fixed = used(&bench);

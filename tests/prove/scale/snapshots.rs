@@ -23,7 +23,7 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
     let wanted = setting.pick(10_000, 100_000);
     let pieces = setting.pick(1_000, 4_000);
     let mut rng = Rng::with_seed(setting.seed);
-    let bench = Bench::create(Ram::new(), POOL_BLOCKS);
+    let bench = Bench::create(Ram::new(POOL_BLOCKS), POOL_BLOCKS);
     let volume = bench.volume("v", VOLUME_BLOCKS, Redirect::Shared);
     bench.fill(&volume);
     bench.settle();

@@ -20,7 +20,7 @@ const SLOWER_MAX: f64 = 1.5;
 pub(super) fn run(setting: &Setting, card: &mut Card) {
     let wanted = setting.pick(2_000, 10_000);
     let mut rng = Rng::with_seed(setting.seed);
-    let bench = Bench::create(Ram::new(), POOL_BLOCKS);
+    let bench = Bench::create(Ram::new(POOL_BLOCKS), POOL_BLOCKS);
     let image = bench.volume("image", IMAGE_BLOCKS, Redirect::Shared);
     bench.fill(&image);
     bench.snapshot("image@base");
