@@ -181,15 +181,17 @@ impl Host {
                 on_full,
             } => self.serve_nbd(&path, read_only, &address, on_full),
             Request::Detach { devices, force } => self.detach(&devices, force),
-            Request::Stop => {
-                let devices = self.devices();
-                devices.refuse("close the pool", devices.slots().iter())?;
-                let exports = devices.exports();
-                exports.refuse(&self.name, "close the pool", |_| true)?;
-                Ok(Reply::Done)
-            }
+            Request::Stop => self.closable().map(|()| Reply::Done),
             Request::Backlog { ids } => pool.backlog(&ids).map(Reply::Backlog),
         }
+    }
+
+    /// Refuses where something of the pool is in use.
+    fn closable(&self) -> Result<()> {
+        let devices = self.devices();
+        devices.refuse("close the pool", devices.slots().iter())?;
+        let exports = devices.exports();
+        exports.refuse(&self.name, "close the pool", |_| true)
     }
 
     fn status(&self) -> Status {

@@ -287,6 +287,7 @@ impl Record {
     }
 
     /// The record that `bytes` holds, no more and no less.
+    #[expect(clippy::too_many_lines, reason = "an arm for each kind of record")]
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes);
         let damaged = |fact: &str| Error::corrupt(format!("journal record: {fact}"));

@@ -225,7 +225,6 @@ impl Metadata {
     }
 
     /// Applies a prepared record, whose number is `seq`.
-    #[expect(clippy::too_many_lines, reason = "an arm for each kind of record")]
     pub(crate) fn apply(&mut self, record: &Record, prepared: Prepared, seq: Seq) -> Result<()> {
         let before = self.space.tally();
         match record {
