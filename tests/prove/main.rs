@@ -3,6 +3,7 @@
 mod crash;
 mod damage;
 mod faults;
+mod heap;
 mod histories;
 mod kill_nbd;
 mod model;
@@ -72,6 +73,12 @@ fn main() -> ExitCode {
         quick: arguments.quick,
         seed: arguments.seed,
     };
+    match arguments.row {
+        Row::Damage(_) | Row::Crash(_) | Row::Nested(_) | Row::Faults(_) | Row::Model(_) => {
+            heap::keep()
+        }
+        Row::KillNbd(_) | Row::Histories(_) | Row::Open(_) | Row::Scale(_) => {}
+    }
     let figures = match &arguments.row {
         Row::Damage(options) => damage::run(common, options).into_figures(),
         Row::KillNbd(options) => kill_nbd::run(common, options).into_figures(),
