@@ -401,9 +401,8 @@ impl Catalog {
         self.next_id = self.next_id.max(id.0 + 1);
         self.kin.add(&entry);
         match &entry.role {
-            Role::Volume { name, origin } => {
+            Role::Volume { name, .. } => {
                 self.by_name.insert(name.clone(), id);
-                if origin.is_some() {}
             }
             Role::Snapshot { name, volume } => {
                 self.snapshots.insert((*volume, name.clone()), id);

@@ -318,6 +318,8 @@ impl Served {
     /// On return this process does nothing more for the device; the kernel parks its requests. Never deletes it. Blocks.
     pub fn abandon(self) {
         let device = self.path();
+        // First, so that what waits for space ends without an answer and the next daemon gets it again.
+        self.queues.iter().for_each(Queue::freeze);
         self.attached().stop_waiting();
         match self.end_queues(true) {
             Ok(()) => tracing::info!(device = %device.display(), "left to be recovered"),
