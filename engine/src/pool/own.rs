@@ -84,16 +84,16 @@ impl Pool {
     /// Counts some of those that have to be counted, in the background: not while removed space comes back, and not
     /// where somebody writes, which would begin it again and again.
     pub(super) async fn recount<D: Device>(&self, device: &D) -> Result<()> {
-        let under_way = self.maintenance.counting.lock().take();
-        let Some(mut counting) = under_way.or_else(|| self.next_count()) else {
-            return Ok(());
-        };
+        let mut under_way = self.maintenance.counting.lock().take();
         for _ in 0..STEPS_MAX {
-            if self.count_step(device, &mut counting).await? {
+            let Some(mut counting) = under_way.take().or_else(|| self.next_count()) else {
                 return Ok(());
+            };
+            if !self.count_step(device, &mut counting).await? {
+                under_way = Some(counting);
             }
         }
-        *self.maintenance.counting.lock() = Some(counting);
+        *self.maintenance.counting.lock() = under_way;
         Ok(())
     }
 
