@@ -103,6 +103,11 @@ impl Events {
         }
     }
 
+    /// Whether somebody watches.
+    pub(crate) fn is_watched(&self) -> bool {
+        !self.0.lock().is_empty()
+    }
+
     /// Watches from now on.
     pub(crate) fn watch(&self) -> Result<Watcher<'_>> {
         let mut watchers = self.0.lock();

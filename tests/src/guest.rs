@@ -92,6 +92,11 @@ impl Pool {
             .to_owned()
     }
 
+    /// The pool's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Runs ublkctl, which must fail with this exit code and say why in one line; returns that line.
     #[track_caller]
     pub fn refused(&self, code: i32, words: &[&str]) -> String {
@@ -146,6 +151,24 @@ impl Pool {
         Background(command.spawn().expect("ublkctl starts"))
     }
 
+    /// Starts `watch`, and waits until it has begun.
+    #[track_caller]
+    pub fn watch(&self) -> Watch {
+        let path = self.folder.join("events");
+        let mut command = self.prepared("ublkctl");
+        command
+            .args(["watch", self.name])
+            .stdout(File::create(&path).expect("a file of events"))
+            .stderr(Stdio::null());
+        let running = Background(command.spawn().expect("ublkctl starts"));
+        let watch = Watch {
+            path,
+            _running: running,
+        };
+        eventually("somebody watches", || !watch.read().is_empty());
+        watch
+    }
+
     fn prepared(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command
@@ -170,7 +193,14 @@ impl Pool {
     /// Attaches a volume or a snapshot.
     #[track_caller]
     pub fn attach(&self, name: &str) -> Device {
-        let path = self.ctl(&["attach", &self.target(name)]);
+        self.attach_with(name, &[])
+    }
+
+    /// The same with options.
+    #[track_caller]
+    pub fn attach_with(&self, name: &str, options: &[&str]) -> Device {
+        let target = self.target(name);
+        let path = self.ctl(&[&["attach", &target], options].concat());
         assert!(path.starts_with("/dev/ublkb"), "attach printed {path}");
         assert!(
             Path::new(&path).exists(),
@@ -503,6 +533,20 @@ impl Drop for Background {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
+    }
+}
+
+/// A `ublkctl watch` that runs beside the test.
+#[derive(Debug)]
+pub struct Watch {
+    path: PathBuf,
+    _running: Background,
+}
+
+impl Watch {
+    /// All that it has said, one event a line.
+    pub fn read(&self) -> String {
+        fs::read_to_string(&self.path).expect("the events can be read")
     }
 }
 

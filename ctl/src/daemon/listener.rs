@@ -187,7 +187,12 @@ fn watch(input: &mut BufReader<&UnixStream>, daemon: &Daemon) -> io::Result<()> 
             Err(e) if is_timeout(&e) => {}
             Err(e) => return Err(e),
         }
+        // In this order: what is told before the end is heard.
+        let has_ended = daemon.has_ended.load(Ordering::Acquire);
         told = watcher.take(SystemClock::new().now());
+        if has_ended && told.is_empty() {
+            return Ok(());
+        }
     }
 }
 

@@ -24,7 +24,7 @@ use parking_lot::RwLock;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tracing::{error, info, warn};
 
@@ -33,7 +33,7 @@ const IDLE_START: Duration = Duration::from_secs(20);
 /// How long to wait for a lock: the kernel may be finishing what a killed daemon had in flight.
 const LOCK_WAIT_MS: u64 = 10_000;
 
-/// How long a daemon that ends waits for clients that are being turned away.
+/// How long a daemon that ends waits for clients that are being turned away, and for those who watch to hear the last.
 const LAST_WORDS_NS_MAX: u64 = 1_000_000_000;
 
 /// What all threads of the daemon share.
@@ -44,6 +44,8 @@ struct Daemon {
     stopping: RwLock<bool>,
     /// Ends the main thread's wait.
     wake: Handle,
+    /// Nothing happens any more.
+    has_ended: AtomicBool,
     /// How many ask something now.
     clients: Arc<AtomicUsize>,
     /// Whether another command started it, so that it ends with its last device.
@@ -115,6 +117,7 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
         host,
         stopping: RwLock::new(false),
         wake: signals.handle(),
+        has_ended: AtomicBool::new(false),
         clients: Arc::default(),
         is_detached,
     });
@@ -148,9 +151,11 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
     *daemon.stopping.write() = true;
     maintenance.stop();
     let ended = shut_down(&daemon.host, runtime);
+    daemon.has_ended.store(true, Ordering::Release);
     // Whoever asked in the last moment hears that nothing was done.
     let clock = SystemClock::new();
-    while daemon.clients.load(Ordering::Relaxed) > 0 && clock.monotonic_ns() < LAST_WORDS_NS_MAX {
+    let has_listeners = || daemon.clients.load(Ordering::Relaxed) > 0 || daemon.host.is_watched();
+    while has_listeners() && clock.monotonic_ns() < LAST_WORDS_NS_MAX {
         std::thread::sleep(Duration::from_millis(5));
     }
     ended

@@ -56,6 +56,11 @@ impl Host {
         }
     }
 
+    /// Whether somebody watches.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.events.is_watched()
+    }
+
     /// Watches: how the pool stands, and then what happens.
     pub(crate) fn watch(&self) -> Result<(Told, Watcher<'_>)> {
         let watcher = self.events.watch()?;

@@ -133,6 +133,18 @@ fn marks_are_said_passed_and_left_again() {
 }
 
 #[test]
+fn who_watches_hears_the_last_before_the_daemon_ends() {
+    let machine = Machine::with_pool();
+    machine.ok(&["create", "p0/v", "--size", "4M"]);
+    let daemon = machine.serve();
+    let watching = Watching::start(&machine);
+    let _serving = Serving::start(&machine, &["p0/v"]);
+    watching.hears("export-added");
+    assert_eq!(daemon.terminate(), Some(0));
+    assert_eq!(watching.hears("export-gone")["name"], "p0/v");
+}
+
+#[test]
 fn marks_that_cannot_be_are_refused_and_go_with_their_pool() {
     let machine = Machine::with_pool();
     for words in [

@@ -118,6 +118,7 @@ fn reads(device: &Slow) -> usize {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_removal_reads_nothing_and_a_dry_run_says_what_it_frees() {
     let (device, pool) = slow();
     let all = [path("v")];
@@ -140,6 +141,7 @@ fn a_removal_reads_nothing_and_a_dry_run_says_what_it_frees() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn many_snapshots_go_in_one_command_and_each_once() {
     let device = Memory::default();
     make(&device, 16384);
@@ -167,6 +169,7 @@ fn many_snapshots_go_in_one_command_and_each_once() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn the_backlog_is_an_upper_bound_and_ends_at_nothing() {
     let (device, pool) = slow();
     assert_eq!(pool.status().backlog_bytes, 0);
@@ -199,6 +202,7 @@ fn the_backlog_is_an_upper_bound_and_ends_at_nothing() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn the_return_of_space_rests_while_somebody_works_and_not_otherwise() {
     for is_busy in [false, true] {
         let (device, pool) = slow();
@@ -223,6 +227,7 @@ fn the_return_of_space_rests_while_somebody_works_and_not_otherwise() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn scattered_blocks_are_given_back_when_nobody_works() {
     let clock = Arc::new(ManualClock::default());
     let device = Memory::default();

@@ -73,7 +73,7 @@ pub(super) fn run(setting: &Setting, card: &mut Card) {
     let (bench, ns) = timed(|| Bench::open(device, pool_blocks));
     drop(bench);
     card.add(
-        "seconds to open after a crash, a full journal of discards",
+        "seconds to open after a crash amid discards",
         seconds(ns),
         Target::AtMost(SECONDS_MAX),
     );

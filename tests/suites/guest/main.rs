@@ -8,6 +8,7 @@ mod filesystems;
 mod full_pool;
 mod kills;
 mod log_writes;
+mod on_full;
 mod ranges;
 mod recovery;
 mod rollback;

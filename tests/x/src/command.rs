@@ -40,13 +40,22 @@ pub fn run_shown(command: &mut Command) -> Result<()> {
 
 /// Runs it and returns what it wrote on stdout.
 pub fn output(command: &mut Command) -> Result<String> {
+    captured(command.stderr(Stdio::inherit()))
+}
+
+/// The same; what it complains about is shown only if it fails.
+pub fn output_quietly(command: &mut Command) -> Result<String> {
+    captured(command.stderr(Stdio::piped()))
+}
+
+fn captured(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("cannot start {}", shown(command)))?;
     if !output.status.success() {
-        bail!("{} failed: {}", shown(command), output.status);
+        let complaints = String::from_utf8_lossy(&output.stderr);
+        bail!("{} failed: {}\n{complaints}", shown(command), output.status);
     }
     String::from_utf8(output.stdout)
         .with_context(|| format!("{}: its output is not UTF-8", shown(command)))
@@ -63,4 +72,13 @@ pub fn cargo() -> Command {
 pub fn build_ublkctl() -> Result<PathBuf> {
     run_shown(cargo().args(["build", "--locked", "--release", "--package", "ublkctl"]))?;
     Ok(paths::target().join("release/ublkctl"))
+}
+
+/// Builds `prove` as its rows are measured, for speed and with its checks; where it is.
+pub fn build_prove() -> Result<PathBuf> {
+    let mut build = cargo();
+    build.args(["build", "--locked", "--profile", "prove"]);
+    build.args(["--package", "blockfork-tests", "--bin", "prove"]);
+    run_shown(&mut build)?;
+    Ok(paths::target().join("prove/prove"))
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod command;
 mod demo;
+mod figures;
 mod fuzz;
 mod guest;
 mod hostile;

@@ -1,7 +1,5 @@
 //! `x scorecard`: every row of the scorecard by its own command, gathered in one table and one JSON file.
 
-use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Mutex;
@@ -10,8 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use score::Figure;
-use serde::{Deserialize, Serialize};
 
+use crate::figures::{self, Shelf};
 use crate::{command, paths, setup};
 
 /// What is run.
@@ -46,19 +44,6 @@ enum Program {
     Verb,
     /// `cargo x NAME`, which spends its time in a guest
     Guest,
-}
-
-/// How figures were measured; beside them.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Run {
-    /// What a user types.
-    pub command: String,
-    /// The commit; with a `+` where the tree held something else too.
-    pub commit: String,
-    /// The day, UTC.
-    pub date: String,
-    /// How long it took, builds included.
-    pub seconds: u64,
 }
 
 /// One command that gives figures.
@@ -98,8 +83,7 @@ const ROWS: [Row; 17] = [
     row("hostile", Program::Verb, true),
 ];
 
-const BEGIN: &str = "<!-- scorecard: begin -->\n";
-const END: &str = "<!-- scorecard: end -->\n";
+const SHELF: Shelf = Shelf("scorecard");
 
 /// Runs the rows and prints their figures.
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -119,10 +103,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     } else {
         measure(&rows, options.quick, options.all)?
     };
-    let mut figures = Vec::new();
-    for row in &rows {
-        figures.extend(read(row).unwrap_or_default());
-    }
+    let names: Vec<&str> = rows.iter().map(|row| row.name).collect();
+    let figures: Vec<Figure> = names.iter().flat_map(|name| SHELF.figures(name)).collect();
     println!();
     score::print(&figures, &mut std::io::stdout())?;
     if let Some(json) = &options.json {
@@ -130,7 +112,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             .with_context(|| format!("cannot write {}", json.display()))?;
     }
     if options.write {
-        write_page(&rows, &figures)?;
+        let page = paths::root().join("docs/crash-safety.md");
+        figures::put(&page, "scorecard", &SHELF.table(&names)?)?;
     }
     if failed.is_empty() && score::all_pass(&figures) {
         return Ok(ExitCode::SUCCESS);
@@ -162,10 +145,7 @@ pub fn gate() -> Result<Vec<&'static str>> {
 /// Measures one row after the other; samples, whose speed is no figure, two at a time.
 fn measure(rows: &[&Row], quick: bool, all: bool) -> Result<Vec<&'static str>> {
     if rows.iter().any(|row| row.program == Program::Prove) {
-        let mut build = command::cargo();
-        build.args(["build", "--locked", "--profile", "prove"]);
-        build.args(["--package", "blockfork-tests", "--bin", "prove"]);
-        command::run_shown(&mut build)?;
+        command::build_prove()?;
     }
     let (left, failed) = (Mutex::new(rows.to_vec()), Mutex::new(Vec::new()));
     let work = |silent| -> Result<()> {
@@ -206,15 +186,7 @@ fn take<'a>(left: &Mutex<Vec<&'a Row>>, beside: bool) -> Option<&'a Row> {
 #[expect(clippy::disallowed_methods, reason = "shown to a person")]
 fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> {
     let began = Instant::now();
-    let json = json_of(row);
-    if let Some(folder) = json.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    for old in [&json, &run_of(row)] {
-        if old.exists() {
-            fs::remove_file(old)?;
-        }
-    }
+    SHELF.clear(row.name)?;
     let mut program = match row.program {
         Program::Prove => Command::new(paths::target().join("prove/prove")),
         Program::Verb | Program::Guest => Command::new(std::env::current_exe()?),
@@ -227,7 +199,8 @@ fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> 
     if all && row.name == "mutants" {
         words.push("--all");
     }
-    program.args(&words[1..]).arg("--json").arg(&json);
+    program.args(&words[1..]);
+    program.arg("--json").arg(SHELF.json(row.name));
     let shown = command::shown(&program);
     eprintln!("+ {shown}");
     let cannot_start = || format!("cannot start {shown}");
@@ -243,101 +216,6 @@ fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> 
         Program::Prove => "prove",
         Program::Verb | Program::Guest => "cargo x",
     };
-    let run = Run {
-        command: format!("{door} {}", words.join(" ")),
-        commit: commit()?,
-        date: today()?,
-        seconds: began.elapsed().as_secs(),
-    };
-    fs::write(run_of(row), serde_json::to_vec_pretty(&run)?)?;
-    eprintln!("x: {}: {} s", run.command, run.seconds);
+    SHELF.keep(row.name, format!("{door} {}", words.join(" ")), began)?;
     Ok(passed)
-}
-
-fn git(arguments: &[&str]) -> Result<String> {
-    command::output(
-        Command::new("git")
-            .args(arguments)
-            .current_dir(paths::root()),
-    )
-}
-
-/// The commit that is measured; with a `+` where the tree holds something else too.
-pub fn commit() -> Result<String> {
-    let commit = git(&["rev-parse", "--short", "HEAD"])?;
-    let is_clean = git(&["status", "--porcelain"])?.is_empty();
-    let mark = if is_clean { "" } else { "+" };
-    Ok(format!("{}{mark}", commit.trim()))
-}
-
-/// The day, UTC.
-pub fn today() -> Result<String> {
-    let date = command::output(Command::new("date").args(["--utc", "+%Y-%m-%d"]))?;
-    Ok(date.trim().to_owned())
-}
-
-fn json_of(row: &Row) -> PathBuf {
-    paths::target().join(format!("scorecard/{}.json", row.name))
-}
-
-fn run_of(row: &Row) -> PathBuf {
-    paths::target().join(format!("scorecard/{}.run.json", row.name))
-}
-
-fn read_run(row: &Row) -> Option<Run> {
-    serde_json::from_slice(&fs::read(run_of(row)).ok()?).ok()
-}
-
-fn read(row: &Row) -> Option<Vec<Figure>> {
-    score::read_json(&json_of(row)).ok()
-}
-
-/// Replaces the table in docs/crash-safety.md.
-fn write_page(rows: &[&Row], figures: &[Figure]) -> Result<()> {
-    let page = paths::root().join("docs/crash-safety.md");
-    let text = fs::read_to_string(&page)?;
-    let (before, rest) = text
-        .split_once(BEGIN)
-        .with_context(|| format!("{}: has no scorecard", page.display()))?;
-    let (_, after) = rest
-        .split_once(END)
-        .with_context(|| format!("{}: its scorecard has no end", page.display()))?;
-    let table = table(rows, figures)?;
-    fs::write(&page, format!("{before}{BEGIN}{table}{END}{after}"))
-        .with_context(|| format!("cannot write {}", page.display()))
-}
-
-fn table(rows: &[&Row], figures: &[Figure]) -> Result<String> {
-    let mut text = String::from("| command | day | commit | minutes |\n|---|---|---|---:|\n");
-    for run in rows.iter().copied().filter_map(read_run) {
-        // Rounded up: nothing takes no time.
-        let minutes = run.seconds.div_ceil(60);
-        writeln!(
-            text,
-            "| `{}` | {} | {} | {minutes} |",
-            run.command, run.date, run.commit
-        )?;
-    }
-    text.push_str(
-        "\n| row | figure | value | target | reached | seed |\n|---|---|---:|---:|---|---|\n",
-    );
-    for figure in figures {
-        let seed = figure
-            .seed
-            .map_or_else(String::new, |seed| seed.to_string());
-        let reached = match (figure.pass, figure.sampled) {
-            (true, false) => "yes",
-            (true, true) => "yes (sampled)",
-            (false, _) => "**no**",
-        };
-        writeln!(
-            text,
-            "| {} | {} | {} | {} | {reached} | {seed} |",
-            figure.row,
-            figure.metric,
-            score::number(figure.value),
-            figure.target
-        )?;
-    }
-    Ok(text)
 }

@@ -1,12 +1,12 @@
 //! The results as tables in Markdown, and their place in docs/performance.md.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
 use super::results::{OURS, Results, median};
+use crate::figures;
 
 /// The peers whose ratio to us is shown beside the speeds.
 const COMPARED: [&str; 2] = ["loop-z", "dm-thin"];
@@ -288,25 +288,9 @@ pub(super) fn snapshots(output: &str, kernel: &str) -> Result<String> {
     Ok(text)
 }
 
-/// Replaces what stands between the markers of this part; the rest of the page is written by people.
+/// Puts the text of a part into the page.
 pub(super) fn write(page: &Path, part: &str, text: &str) -> Result<()> {
-    let begin = format!("<!-- cargo x bench, {part}: begin -->");
-    let end = format!("<!-- cargo x bench, {part}: end -->");
-    let mut old = fs::read_to_string(page).unwrap_or_else(|_| "# Performance\n".to_owned());
-    if !old.contains(&begin) {
-        old += &format!("\n{begin}\n{end}\n");
-    }
-    let parts = old
-        .split_once(&begin)
-        .and_then(|(before, rest)| Some((before, rest.split_once(&end)?.1)));
-    let Some((before, after)) = parts else {
-        bail!("{}: the line {end} is missing", page.display());
-    };
-    if let Some(folder) = page.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    }
-    let new = format!("{before}{begin}\n{text}{end}{after}");
-    fs::write(page, new).with_context(|| format!("cannot write {}", page.display()))
+    figures::put(page, &format!("cargo x bench, {part}"), text)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use score::Figure;
 
-use crate::scorecard::{Run, commit, today};
+use crate::figures::{self, Shelf};
 use crate::{command, paths};
 
 /// What is run.
@@ -53,10 +53,8 @@ const SCENES: [&str; 8] = [
     "deleting",
 ];
 
-const PAGE: &str = "docs/scaling.md";
 const PLOTS: &str = "docs/scaling";
-const BEGIN: &str = "<!-- cargo x scale: begin -->\n";
-const END: &str = "<!-- cargo x scale: end -->\n";
+const SHELF: Shelf = Shelf("scale");
 
 /// Runs the scenes and prints their figures; whether all reach their targets is the exit code.
 pub fn run(options: &Options) -> Result<ExitCode> {
@@ -76,17 +74,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         .collect();
     let mut failed = Vec::new();
     if !options.show {
-        build()?;
+        let prove = command::build_prove()?;
         for scene in &scenes {
-            if !measure(scene, options)? {
+            if !measure(&prove, scene, options)? {
                 failed.push(*scene);
             }
         }
     }
-    let mut figures = Vec::new();
-    for scene in &scenes {
-        figures.extend(score::read_json(&file_of(scene, "json")).unwrap_or_default());
-    }
+    let figures: Vec<Figure> = scenes
+        .iter()
+        .flat_map(|scene| SHELF.figures(scene))
+        .collect();
     println!();
     score::print(&figures, &mut std::io::stdout())?;
     if figures.iter().any(|figure| figure.sampled) {
@@ -97,7 +95,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             .with_context(|| format!("cannot write {}", json.display()))?;
     }
     if options.write {
-        write_page(&scenes, &figures)?;
+        write_page(&scenes)?;
     }
     if failed.is_empty() && score::all_pass(&figures) {
         return Ok(ExitCode::SUCCESS);
@@ -108,41 +106,27 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn build() -> Result<()> {
-    let mut build = command::cargo();
-    build.args(["build", "--locked", "--profile", "prove"]);
-    build.args(["--package", "blockfork-tests", "--bin", "prove"]);
-    command::run_shown(&mut build)
-}
-
 /// Runs a scene; whether it reaches its targets.
 #[expect(clippy::disallowed_methods, reason = "shown to a person")]
-fn measure(scene: &str, options: &Options) -> Result<bool> {
+fn measure(prove: &Path, scene: &str, options: &Options) -> Result<bool> {
     let began = Instant::now();
-    let results = folder();
-    fs::create_dir_all(&results).with_context(|| format!("cannot make {}", results.display()))?;
-    let (json, curve) = (file_of(scene, "json"), curve_file());
-    let mut of_before = vec![&json];
-    if scene == "snapshots" {
-        of_before.push(&curve);
-    }
-    for old in of_before {
-        if old.exists() {
-            fs::remove_file(old)?;
-        }
-    }
-    let mut prove = Command::new(paths::target().join("prove/prove"));
+    SHELF.clear(scene)?;
+    let json = SHELF.json(scene);
+    let mut prove = Command::new(prove);
     prove.args(["scale", "--only", scene, "--seed"]);
     prove.arg(options.seed.to_string());
     if options.quick {
         prove.arg("--quick");
     }
     prove.arg("--json").arg(&json);
-    prove
-        .arg("--folder")
-        .arg(options.folder.as_ref().unwrap_or(&results));
+    let folder = options.folder.clone().unwrap_or_else(|| SHELF.folder());
+    prove.arg("--folder").arg(folder);
     if scene == "snapshots" {
-        prove.arg("--curve").arg(&curve);
+        let curve = curve_file();
+        if curve.exists() {
+            fs::remove_file(&curve)?;
+        }
+        prove.arg("--curve").arg(curve);
     }
     eprintln!("+ {}", command::shown(&prove));
     let status = prove.stdin(Stdio::null()).status();
@@ -151,34 +135,17 @@ fn measure(scene: &str, options: &Options) -> Result<bool> {
         bail!("the scene {scene} ended without figures");
     }
     let quick = if options.quick { " --quick" } else { "" };
-    let run = Run {
-        command: format!("cargo x scale{quick} --only {scene}"),
-        commit: commit()?,
-        date: today()?,
-        seconds: began.elapsed().as_secs(),
-    };
-    fs::write(file_of(scene, "run.json"), serde_json::to_vec_pretty(&run)?)?;
-    eprintln!("x: {}: {} s", run.command, run.seconds);
+    SHELF.keep(scene, format!("cargo x scale{quick} --only {scene}"), began)?;
     Ok(passed)
 }
 
-fn folder() -> PathBuf {
-    paths::target().join("scale")
-}
-
-fn file_of(scene: &str, kind: &str) -> PathBuf {
-    folder().join(format!("{scene}.{kind}"))
-}
-
 fn curve_file() -> PathBuf {
-    folder().join("curve.txt")
+    SHELF.folder().join("curve.txt")
 }
 
 /// Replaces the table in the page, and draws the plots beside it.
-fn write_page(scenes: &[&str], figures: &[Figure]) -> Result<()> {
-    let page = paths::root().join(PAGE);
-    let text = fs::read_to_string(&page).with_context(|| format!("cannot read {PAGE}"))?;
-    let mut between = table(scenes, figures)?;
+fn write_page(scenes: &[&str]) -> Result<()> {
+    let mut between = SHELF.table(scenes)?;
     if scenes.contains(&"snapshots") {
         let curve = fs::read_to_string(curve_file()).context("the scene snapshots has not run")?;
         let points = plot::read(&curve)?;
@@ -186,82 +153,6 @@ fn write_page(scenes: &[&str], figures: &[Figure]) -> Result<()> {
             write!(between, "\n![{title}](scaling/{name}.svg)\n")?;
         }
     }
-    let text = replaced(&text, &between)?;
-    fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))
-}
-
-/// The page with something else between its markers.
-fn replaced(text: &str, between: &str) -> Result<String> {
-    let parts = text.split_once(BEGIN);
-    let parts = parts.and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let (before, after) = parts.with_context(|| format!("{PAGE}: lacks its markers"))?;
-    Ok(format!("{before}{BEGIN}{between}{END}{after}"))
-}
-
-fn table(scenes: &[&str], figures: &[Figure]) -> Result<String> {
-    let mut text = String::from("| command | day | commit | minutes |\n|---|---|---|---:|\n");
-    for run in scenes
-        .iter()
-        .filter_map(|scene| read_run(&file_of(scene, "run.json")))
-    {
-        // Rounded up: nothing takes no time.
-        let minutes = run.seconds.div_ceil(60);
-        writeln!(
-            text,
-            "| `{}` | {} | {} | {minutes} |",
-            run.command, run.date, run.commit
-        )?;
-    }
-    text.push_str("\n| row | figure | value | target | reached |\n|---|---|---:|---:|---|\n");
-    for figure in figures {
-        let reached = match (figure.pass, figure.sampled) {
-            (true, false) => "yes",
-            (true, true) => "yes (sampled)",
-            (false, false) => "**no**",
-            (false, true) => "**no** (sampled)",
-        };
-        writeln!(
-            text,
-            "| {} | {} | {} | {} | {reached} |",
-            figure.row,
-            figure.metric,
-            score::number(figure.value),
-            figure.target
-        )?;
-    }
-    Ok(text)
-}
-
-fn read_run(path: &Path) -> Option<Run> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use score::{Card, Target};
-
-    #[test]
-    fn the_table_says_what_falls_short() {
-        let mut card = Card::new("S1", true, Some(0));
-        card.add("slower", 1.75, Target::AtMost(1.5));
-        card.at_least("snapshots", 10_000, 10_000);
-        let text = table(&[], &card.into_figures()).unwrap();
-        assert!(
-            text.contains("| S1 | slower | 1.75 | <= 1.50 | **no** (sampled) |"),
-            "{text}"
-        );
-        assert!(
-            text.contains("| S1 | snapshots | 10,000 | >= 10,000 | yes (sampled) |"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn only_what_stands_between_the_markers_is_replaced() {
-        let page = format!("before\n{BEGIN}old\n{END}after\n");
-        let new = replaced(&page, "new\n").unwrap();
-        assert_eq!(new, format!("before\n{BEGIN}new\n{END}after\n"));
-        assert!(replaced("no markers", "new\n").is_err());
-    }
+    let page = paths::root().join("docs/scaling.md");
+    figures::put(&page, "cargo x scale", &between)
 }

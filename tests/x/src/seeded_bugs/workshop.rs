@@ -120,9 +120,10 @@ impl Workshop {
                 cargo.arg(format!("profile.prove.package.{package}.{setting}"));
             }
         }
+        // What does not lie in the copy is built as for `prove` itself, and found there.
+        cargo.env("CARGO_BUILD_BUILD_DIR", paths::target());
         // A bug need not be beautiful.
-        cargo.env("RUSTFLAGS", "-Awarnings");
-        let messages = command::output(&mut cargo)?;
+        let messages = command::output_quietly(&mut cargo)?;
         let executable = messages.lines().find_map(|line| {
             let message: serde_json::Value = serde_json::from_str(line).ok()?;
             let is_it = message.pointer("/target/name")? == target;
