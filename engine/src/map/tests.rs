@@ -450,6 +450,9 @@ fn durable_pages_that_nobody_looks_at_are_evicted() {
     }
     assert_eq!(pair.store.pages.len(), pages, "no page is durable");
     assert!(pair.store.is_mostly_dirty());
+    pair.store.limit(2 * pages);
+    assert!(!pair.store.is_mostly_dirty(), "half of them are not most");
+    pair.store.limit(40);
     pair.store.freeze();
     assert!(!pair.store.is_mostly_dirty());
     pair.store.set_durable(Generation(1));
