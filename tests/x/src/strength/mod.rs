@@ -26,12 +26,14 @@ const PACKAGES: [&str; 2] = ["blockfork-engine", "blockfork-tests"];
 
 /// Of those packages, the tests on the simulated device. What needs sockets, processes or a kernel would cost more time
 /// than it notices.
-const TARGETS: [&str; 7] = [
+const TARGETS: [&str; 9] = [
     "--lib",
     "--test=crash",
+    "--test=full_file_system",
     "--test=hostile_bytes",
     "--test=interleaving",
     "--test=model",
+    "--test=placement",
     "--test=promises",
     "--test=repair",
 ];
