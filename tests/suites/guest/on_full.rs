@@ -7,20 +7,20 @@ use std::time::Duration;
 use blockfork::clock::{Clock, SystemClock};
 use blockfork_tests::guest::{Background, Device, MIB, Pool, eventually, shell, shell_fails};
 
-/// A pool that a volume `ballast` fills to the half, and a volume that waits for space that long.
+/// A pool that a volume `ballast` fills to a third and more, and a volume that waits for space that long.
 fn almost_full(name: &'static str, on_full: &str) -> (Pool, Device) {
-    let pool = Pool::in_file(name, "48M");
-    let ballast = pool.volume("ballast", "24M");
-    ballast.fill(0, 24 * MIB, 1);
+    let pool = Pool::in_file(name, "32M");
+    let ballast = pool.volume("ballast", "12M");
+    ballast.fill(0, 12 * MIB, 1);
     pool.detach("ballast");
-    pool.create("v", "32M");
+    pool.create("v", "24M");
     let device = pool.attach_with("v", &["--on-full", on_full]);
     (pool, device)
 }
 
-/// Writes 24 MiB, more than there is room for, past the page cache.
+/// Writes 20 MiB, more than there is room for, past the page cache.
 fn writer(device: &Device) -> Background {
-    shell("dd if=/dev/urandom of=/run/wanted bs=1M count=24 status=none");
+    shell("dd if=/dev/urandom of=/run/wanted bs=1M count=20 status=none");
     Background::start(&format!(
         "dd if=/run/wanted of={} bs=1M oflag=direct conv=notrunc,fsync status=none",
         device.path
@@ -44,7 +44,7 @@ fn waits(pool: &Pool, writer: &mut Background) {
 fn holds_what_was_wanted(device: &Device) {
     let wanted = std::fs::read("/run/wanted").expect("the file");
     assert!(
-        device.bytes(0, 24 * MIB) == wanted,
+        device.bytes(0, 20 * MIB) == wanted,
         "an acknowledged write is lost"
     );
     std::fs::remove_file("/run/wanted").expect("it can be removed");
@@ -59,7 +59,7 @@ fn a_write_waits_for_space_and_goes_on_when_there_is_some() {
     waits(&pool, &mut writer);
     // Nothing else waits: not reads, not what needs no new block, not commands.
     let other = pool.attach("ballast");
-    assert!(other.holds(0, 24 * MIB, 1));
+    assert!(other.holds(0, 12 * MIB, 1));
     other.fill(0, MIB, 2);
     pool.detach("ballast");
     pool.ctl(&["rm", &pool.target("ballast")]);
@@ -85,7 +85,7 @@ fn a_wait_for_space_ends_by_the_clock() {
     let (pool, device) = almost_full("clock", "queue=2");
     let clock = SystemClock::new();
     let said = shell_fails(&format!(
-        "dd if=/dev/zero of={} bs=1M count=24 oflag=direct conv=notrunc",
+        "dd if=/dev/zero of={} bs=1M count=20 oflag=direct conv=notrunc",
         device.path
     ));
     assert!(said.contains("No space left"), "the kernel said: {said}");
