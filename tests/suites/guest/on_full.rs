@@ -8,7 +8,7 @@ use blockfork::clock::{Clock, SystemClock};
 use blockfork_tests::guest::{Background, Device, MIB, Pool, eventually, shell, shell_fails};
 
 /// A pool that a volume `ballast` fills to a third and more, and a volume that waits for space that long.
-fn almost_full(name: &'static str, on_full: &str) -> (Pool, Device) {
+fn with_ballast(name: &'static str, on_full: &str) -> (Pool, Device) {
     let pool = Pool::in_file(name, "32M");
     let ballast = pool.volume("ballast", "12M");
     ballast.fill(0, 12 * MIB, 1);
@@ -53,7 +53,7 @@ fn holds_what_was_wanted(device: &Device) {
 #[test]
 #[ignore = "needs a kernel with ublk: cargo x test runs it in the guest"]
 fn a_write_waits_for_space_and_goes_on_when_there_is_some() {
-    let (pool, device) = almost_full("waits", "queue=600");
+    let (pool, device) = with_ballast("waits", "queue=600");
     let told = pool.watch();
     let mut writer = writer(&device);
     waits(&pool, &mut writer);
@@ -82,7 +82,7 @@ fn a_write_waits_for_space_and_goes_on_when_there_is_some() {
 #[test]
 #[ignore = "needs a kernel with ublk: cargo x test runs it in the guest"]
 fn a_wait_for_space_ends_by_the_clock() {
-    let (pool, device) = almost_full("clock", "queue=2");
+    let (pool, device) = with_ballast("clock", "queue=2");
     let clock = SystemClock::new();
     let said = shell_fails(&format!(
         "dd if=/dev/zero of={} bs=1M count=20 oflag=direct conv=notrunc",
@@ -96,7 +96,7 @@ fn a_wait_for_space_ends_by_the_clock() {
 #[test]
 #[ignore = "needs a kernel with ublk: cargo x test runs it in the guest"]
 fn a_write_that_waits_for_space_outlives_its_daemons() {
-    let (pool, device) = almost_full("outwait", "queue=600");
+    let (pool, device) = with_ballast("outwait", "queue=600");
     let mut writer = writer(&device);
     waits(&pool, &mut writer);
     // A planned end leaves it to the next daemon, as a kill does.

@@ -55,7 +55,8 @@ fn captured(command: &mut Command) -> Result<String> {
         .with_context(|| format!("cannot start {}", shown(command)))?;
     if !output.status.success() {
         let complaints = String::from_utf8_lossy(&output.stderr);
-        bail!("{} failed: {}\n{complaints}", shown(command), output.status);
+        let said = format!("{} failed: {}\n{complaints}", shown(command), output.status);
+        bail!("{}", said.trim_end());
     }
     String::from_utf8(output.stdout)
         .with_context(|| format!("{}: its output is not UTF-8", shown(command)))
