@@ -114,6 +114,7 @@ fn a_write_waits_until_the_time_is_up() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_write_waits_until_there_is_space_however_that_comes() {
     let (memory, pool) = pool();
     let v = volume(&memory, &pool, quota(1));

@@ -300,6 +300,7 @@ fn a_clone_starts_without_limits_and_a_rollback_keeps_the_volumes() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn what_is_set_aside_is_left_to_its_volume() {
     let (device, pool) = pool();
     let v = volume(&device, &pool, reserve(1024));
@@ -326,6 +327,7 @@ fn what_is_set_aside_is_left_to_its_volume() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn a_snapshot_is_refused_before_a_write_has_to_be() {
     let (device, pool) = pool();
     let v = volume(&device, &pool, reserve(1024));
@@ -413,6 +415,7 @@ fn refused(done: Result<()>) -> String {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
 fn without_overcommit_every_volume_can_be_written_whole() {
     let device = Memory::default();
     now(Pool::create_without_overcommit(&device, pool_options())).unwrap();
