@@ -21,6 +21,9 @@ pub struct Options {
     /// Another seed than the usual one
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// A `prove` that is built already
+    #[arg(long, value_name = "FILE", hide = true)]
+    prove: Option<PathBuf>,
 }
 
 /// The cells that `engine/src/sync/models.rs` has a model of, each with a broken twin.
@@ -129,18 +132,12 @@ fn models(card: &mut Card) -> Result<()> {
 }
 
 fn histories(options: &Options) -> Result<Vec<score::Figure>> {
-    command::run_shown(command::cargo().args([
-        "build",
-        "--locked",
-        "--profile",
-        "prove",
-        "-p",
-        "blockfork-tests",
-        "--bin",
-        "prove",
-    ]))?;
+    let program = match &options.prove {
+        Some(built) => built.clone(),
+        None => command::build_prove()?,
+    };
     let json = paths::target().join("histories.json");
-    let mut prove = Command::new(paths::target().join("prove/prove"));
+    let mut prove = Command::new(program);
     prove
         .args(["--seed", &options.seed.to_string(), "--json"])
         .arg(&json);

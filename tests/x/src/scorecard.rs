@@ -62,6 +62,13 @@ const fn row(name: &'static str, program: Program, is_gate: bool) -> Row {
     }
 }
 
+impl Row {
+    /// Whether its figures, or some of them, come from `prove`.
+    fn needs_prove(&self) -> bool {
+        self.program == Program::Prove || self.name == "sched"
+    }
+}
+
 /// In the order of the table.
 const ROWS: [Row; 17] = [
     row("crash", Program::Prove, true),
@@ -144,7 +151,7 @@ pub fn gate() -> Result<Vec<&'static str>> {
 
 /// Measures one row after the other; samples, whose speed is no figure, two at a time.
 fn measure(rows: &[&Row], quick: bool, all: bool) -> Result<Vec<&'static str>> {
-    if rows.iter().any(|row| row.program == Program::Prove) {
+    if rows.iter().any(|row| row.needs_prove()) {
         command::build_prove()?;
     }
     let (left, failed) = (Mutex::new(rows.to_vec()), Mutex::new(Vec::new()));
@@ -187,8 +194,9 @@ fn take<'a>(left: &Mutex<Vec<&'a Row>>, beside: bool) -> Option<&'a Row> {
 fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> {
     let began = Instant::now();
     SHELF.clear(row.name)?;
+    let prove = paths::target().join("prove/prove");
     let mut program = match row.program {
-        Program::Prove => Command::new(paths::target().join("prove/prove")),
+        Program::Prove => Command::new(&prove),
         Program::Verb | Program::Guest => Command::new(std::env::current_exe()?),
     };
     program.arg(row.name).stdin(Stdio::null());
@@ -201,6 +209,10 @@ fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> 
     }
     program.args(&words[1..]);
     program.arg("--json").arg(SHELF.json(row.name));
+    if row.needs_prove() && row.program == Program::Verb {
+        // The seeded bugs, beside it, build their `prove` in the same folder, and cargo would build ours again.
+        program.arg("--prove").arg(&prove);
+    }
     let shown = command::shown(&program);
     eprintln!("+ {shown}");
     let cannot_start = || format!("cannot start {shown}");
