@@ -29,7 +29,14 @@ pub struct Options {
 /// Fewer tests than this were not all of them.
 const TESTS_MIN: u64 = 60;
 /// The rooms of a sample: every decoder, and where there is `unsafe`.
-const SAMPLE: [&str; 4] = ["format::", "device::buffer::", "sync::", "units::"];
+const SAMPLE: [&str; 6] = [
+    "format::",
+    "name::",
+    "nbd::",
+    "device::buffer::",
+    "sync::",
+    "units::",
+];
 const SAMPLE_TESTS_MIN: u64 = 10;
 
 /// Runs them; the exit status is that of the figures.
