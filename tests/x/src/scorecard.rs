@@ -210,7 +210,7 @@ fn measure_one(row: &Row, quick: bool, all: bool, silent: bool) -> Result<bool> 
     program.args(&words[1..]);
     program.arg("--json").arg(SHELF.json(row.name));
     if row.needs_prove() && row.program == Program::Verb {
-        // The seeded bugs, beside it, build their `prove` in the same folder, and cargo would build ours again.
+        // It is there. Asked once more, after the seeded bugs, cargo was seen to build it again, for a minute.
         program.arg("--prove").arg(&prove);
     }
     let shown = command::shown(&program);
