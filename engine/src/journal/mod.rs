@@ -407,7 +407,7 @@ async fn read_missing<D: Device>(
                 ptr,
             };
             let (mapped, node) = map_page::decode(&page, identity, bounds)?;
-            let node = Arc::new(node);
+            let node = triomphe::Arc::new(node);
             Ok(Supplied::Page(MapPage {
                 level,
                 mapped,

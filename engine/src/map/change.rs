@@ -8,7 +8,7 @@ use crate::format::map_page::{LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
 use crate::format::page::PagePtr;
 use crate::space::{Fault, SpaceMap};
 use crate::units::{Extent, Lba, Pba, Seq};
-use std::sync::Arc;
+use triomphe::Arc;
 
 /// What one step of an unmap does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +65,8 @@ impl MapStore {
     fn require_children(&self, node: &Node, space: &SpaceMap) -> Result<(), Fault> {
         match node {
             Node::Leaf(entries) => {
-                for entry in entries.iter().filter(|entry| entry.0 != 0) {
-                    space.referenced(*entry)?;
+                for run in runs(&entries[..]) {
+                    space.all_referenced(run)?;
                 }
             }
             Node::Inner(children) => {
@@ -153,11 +153,7 @@ impl MapStore {
             .clone();
         if is_shared {
             match &*page.node {
-                Node::Leaf(entries) => {
-                    for entry in entries.iter().filter(|entry| entry.0 != 0) {
-                        space.retain(*entry);
-                    }
-                }
+                Node::Leaf(entries) => runs(&entries[..]).for_each(|run| space.retain_all(run)),
                 Node::Inner(children) => {
                     for child in children.iter().flatten() {
                         space.retain(child.pba);
@@ -428,4 +424,17 @@ fn require_entries(
         }
     }
     Ok(())
+}
+
+/// What the entries of a leaf map to, in runs of blocks that lie one after the other.
+fn runs(entries: &[Pba]) -> impl Iterator<Item = Extent> {
+    let mut rest = entries;
+    std::iter::from_fn(move || {
+        let first = rest.iter().position(|entry| entry.0 != 0)?;
+        let start = rest[first];
+        let follows = |(index, entry): &(u64, &Pba)| **entry == start.plus(*index);
+        let count = (0..).zip(&rest[first..]).take_while(follows).count();
+        rest = &rest[first + count..];
+        Some(Extent::new(start, count as u64))
+    })
 }

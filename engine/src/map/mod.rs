@@ -23,8 +23,8 @@ use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use triomphe::Arc;
 
 /// A map page in memory.
 #[derive(Clone, Debug)]

@@ -478,7 +478,7 @@ fn a_page_from_disk_does_not_replace_a_younger_one() {
     let page = |mapped| super::MapPage {
         level: 0,
         mapped,
-        node: std::sync::Arc::new(super::empty_node(0)),
+        node: triomphe::Arc::new(super::empty_node(0)),
     };
     store.insert_loaded(ptr(3), page(1));
     store.insert_loaded(ptr(2), page(2));
@@ -552,7 +552,7 @@ fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
     let page = super::MapPage {
         level: 0,
         mapped: 1,
-        node: std::sync::Arc::new(Node::Leaf(entries)),
+        node: triomphe::Arc::new(Node::Leaf(entries)),
     };
     root.ptr = Some(store.insert_new(page, &mut space));
     let missing = |result: Result<(), Fault>| {
@@ -582,7 +582,7 @@ fn the_order_of_eviction_stays_as_short_as_memory() {
     let page = super::MapPage {
         level: 0,
         mapped: 0,
-        node: std::sync::Arc::new(super::empty_node(0)),
+        node: triomphe::Arc::new(super::empty_node(0)),
     };
     // Pages come and go without eviction, as those of a checkpoint after the other do.
     for round in 0..1000 {

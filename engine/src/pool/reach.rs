@@ -13,7 +13,7 @@ use crate::units::{Generation, Lba, Pba, VolumeId};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::Arc;
+use triomphe::Arc;
 
 /// Map pages kept in memory while walking.
 const PAGES_KEPT: usize = 1 << 16;

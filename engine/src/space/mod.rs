@@ -57,7 +57,7 @@ pub(crate) struct SpaceMap {
     journal: Extent,
     regions: Vec<Region>,
     /// Regions whose counts changed since the last freeze.
-    dirty: FxHashSet<u64>,
+    dirty: Vec<u64>,
     /// Regions whose index entry says less than is so.
     misnoted: FxHashSet<u64>,
     /// Regions with free blocks that may hold room of the device below.
@@ -111,7 +111,7 @@ impl SpaceMap {
             blocks,
             journal,
             regions: Vec::new(),
-            dirty: FxHashSet::default(),
+            dirty: Vec::new(),
             misnoted: FxHashSet::default(),
             untrimmed: BTreeSet::new(),
             has_vacated: false,
@@ -280,6 +280,27 @@ impl SpaceMap {
         }
     }
 
+    /// The same for each block of a run that something points to.
+    pub(crate) fn all_referenced(&self, run: Extent) -> Result<(), Fault> {
+        if run.end().0 > self.blocks {
+            return self.referenced(Pba(run.end().0 - 1)).map(drop);
+        }
+        let mut done = 0;
+        while done < run.count {
+            let at = run.start.plus(done);
+            let (region, offset) = place(at);
+            let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
+            let index = usize::try_from(region).ok();
+            let counted = index.and_then(|index| self.regions.get(index));
+            let owned = counted.map_or(0, |counted| counted.owned(offset, want)) as u64;
+            if owned == 0 {
+                self.referenced(at)?;
+            }
+            done += owned.max(1);
+        }
+        Ok(())
+    }
+
     /// Whether a block's only owner would still be its only one after a power cut now.
     pub(crate) fn is_settled(&self, pba: Pba) -> bool {
         self.unsettled.is_empty() || !self.unsettled.contains_key(&pba)
@@ -323,14 +344,32 @@ impl SpaceMap {
         }
     }
 
+    /// The next checkpoint writes the region's counts.
+    fn mark_dirty(&mut self, region: u64) {
+        self.region_mut(region);
+    }
+
     fn region_mut(&mut self, region: u64) -> &mut Region {
-        self.dirty.insert(region);
         #[expect(
             clippy::expect_used,
             reason = "callers checked the block with `count` first"
         )]
         let index = usize::try_from(region).expect("a region index fits memory");
-        &mut self.regions[index]
+        let found = &mut self.regions[index];
+        if !found.set_dirty() {
+            self.dirty.push(region);
+        }
+        found
+    }
+
+    /// One more owner for each block of a run, whose counts are loaded.
+    pub(crate) fn retain_all(&mut self, run: Extent) {
+        let mut done = 0;
+        while done < run.count {
+            let (region, offset) = place(run.start.plus(done));
+            let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
+            done += self.region_mut(region).add_all(offset, want) as u64;
+        }
     }
 
     /// One more owner. The block's counts are loaded.
@@ -497,13 +536,14 @@ impl SpaceMap {
     pub(crate) fn freeze(&mut self, generation: Generation) -> FrozenSpace {
         let mut frozen = FrozenSpace::default();
         let mut pages = BTreeSet::new();
-        let mut dirty: Vec<u64> = std::mem::take(&mut self.dirty).into_iter().collect();
+        let mut dirty = std::mem::take(&mut self.dirty);
         dirty.sort_unstable();
         for region in dirty {
             let Ok(index) = usize::try_from(region) else {
                 continue;
             };
             let frozen_region = &mut self.regions[index];
+            frozen_region.set_clean();
             if frozen_region.is_blank() {
                 frozen
                     .vacated

@@ -4,8 +4,8 @@ use crate::error::{Error, Result};
 use crate::format::counts::{Halves, IndexEntry, REGION_LEN};
 use crate::format::layout::{self, REGION_BLOCKS, Slot};
 use crate::units::{Extent, Generation, Pba};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use triomphe::Arc;
 
 const WORDS: usize = REGION_LEN / 64;
 const _: () = assert!(WORDS * 64 == REGION_LEN);
@@ -19,6 +19,8 @@ pub(crate) struct Region {
     is_untrimmed: bool,
     /// What the index on disk says of that, or will once the checkpoint under way is durable.
     is_noted: bool,
+    /// Its counts changed since the last freeze.
+    is_dirty: bool,
     /// Somebody looked at its counts since the last time that eviction came by.
     is_used: AtomicBool,
     /// Blocks that are part of the pool and have no fixed use.
@@ -71,6 +73,7 @@ impl Region {
             is_wide: false,
             is_untrimmed: false,
             is_noted: false,
+            is_dirty: false,
             is_used: AtomicBool::new(false),
             usable: free,
             free,
@@ -204,6 +207,20 @@ impl Region {
             None => self.free == self.usable,
         };
         is_there && self.free == self.available && self.loaded.is_some()
+    }
+
+    /// Its counts change; whether they had before, since the last freeze.
+    pub(crate) fn set_dirty(&mut self) -> bool {
+        std::mem::replace(&mut self.is_dirty, true)
+    }
+
+    /// Its counts are taken to be written.
+    pub(crate) fn set_clean(&mut self) {
+        self.is_dirty = false;
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.is_dirty
     }
 
     /// Drops the counts from memory.
@@ -343,6 +360,16 @@ impl Region {
         Some(high << 16 | u32::from(loaded.low[offset]))
     }
 
+    /// How many of the `want` blocks from `offset` on have an owner each, up to the first of which it takes a closer look.
+    pub(crate) fn owned(&self, offset: usize, want: usize) -> usize {
+        let Some(loaded) = self.loaded.as_ref().filter(|loaded| loaded.high.is_none()) else {
+            return 0;
+        };
+        self.mark_used();
+        let low = loaded.low[offset..REGION_LEN.min(offset + want)].iter();
+        low.take_while(|count| **count > 0).count()
+    }
+
     /// How many of the `want` blocks from `offset` on have one owner each, up to the first that has not.
     pub(crate) fn owned_alone(&self, offset: usize, want: usize) -> usize {
         let Some(loaded) = &self.loaded else { return 0 };
@@ -364,6 +391,18 @@ impl Region {
     )]
     fn loaded_mut(&mut self) -> &mut Loaded {
         self.loaded.as_mut().expect("the counts are loaded")
+    }
+
+    /// One owner more for each of the `want` blocks from `offset` on; how many of them the region has.
+    pub(crate) fn add_all(&mut self, offset: usize, want: usize) -> usize {
+        let end = REGION_LEN.min(offset + want);
+        let low = &mut Arc::make_mut(&mut self.loaded_mut().low)[offset..end];
+        if low.iter().all(|count| (1..u16::MAX).contains(count)) {
+            low.iter_mut().for_each(|count| *count += 1);
+        } else {
+            (offset..end).for_each(|offset| self.add(offset));
+        }
+        end - offset
     }
 
     pub(crate) fn add(&mut self, offset: usize) {

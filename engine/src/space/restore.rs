@@ -17,7 +17,7 @@ impl SpaceMap {
         let was_loaded = slot.is_loaded();
         slot.set_counts(region, blocks, journal, count_of);
         self.available += slot.available();
-        self.dirty.insert(region);
+        self.mark_dirty(region);
         self.untrimmed.insert(region);
         if !was_loaded {
             self.loaded.push_back(region);

@@ -66,7 +66,7 @@ fn reload(pair: &mut Pair) -> SpaceMap {
     let mut index: BTreeMap<(u8, u64), Box<Index>> = BTreeMap::new();
     // Every region is dirty, so that all of it is there.
     for region in 0..layout::region_count(pair.space.blocks()) {
-        pair.space.dirty.insert(region);
+        pair.space.mark_dirty(region);
     }
     pair.generation += 1;
     let frozen = pair.space.freeze(Generation(pair.generation));
@@ -690,7 +690,7 @@ fn written() -> (SpaceMap, Pba) {
     space.reserve(pba, 1).unwrap();
     space.publish(pba);
     for region in 0..layout::region_count(blocks) {
-        space.dirty.insert(region);
+        space.mark_dirty(region);
     }
     space.freeze(Generation(2));
     (space, pba)

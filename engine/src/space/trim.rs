@@ -73,7 +73,7 @@ impl SpaceMap {
         if found.is_untrimmed() {
             self.untrimmed.insert(region);
         } else if found.is_vacant() {
-            self.dirty.insert(region);
+            self.mark_dirty(region);
             self.has_vacated = true;
         } else if found.is_misnoted() {
             self.misnoted.insert(region);
@@ -112,8 +112,7 @@ impl SpaceMap {
             };
             let index = usize::try_from(region).unwrap_or(usize::MAX);
             let found = &mut self.regions[index];
-            let stays =
-                found.take_used() || self.dirty.contains(&region) || !found.is_evictable(durable);
+            let stays = found.take_used() || found.is_dirty() || !found.is_evictable(durable);
             if stays {
                 self.loaded.push_back(region);
             } else {
