@@ -28,6 +28,12 @@ pub trait Device {
     /// Fills `buffer` with the bytes from `offset`. Both are multiples of 512; the buffer is aligned to 512.
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()>;
 
+    /// Fills each of these blocks with the bytes from its offset, many at a time where that is faster; which of them it
+    /// could. Why not is told by [`Device::read`].
+    async fn read_blocks(&self, blocks: &mut [(u64, BlockBuf)]) -> Vec<bool> {
+        read_one_by_one(self, blocks).await
+    }
+
     /// Writes the whole of `buffer` at `offset`; volatile until a [`Device::flush`] that starts after this ended.
     async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()>;
 
@@ -53,4 +59,15 @@ pub trait Device {
 
     /// Gives the room that was kept back to whoever writes next.
     fn release_ballast(&self) {}
+}
+
+async fn read_one_by_one<D: Device + ?Sized>(
+    device: &D,
+    blocks: &mut [(u64, BlockBuf)],
+) -> Vec<bool> {
+    let mut done = Vec::with_capacity(blocks.len());
+    for (offset, block) in blocks {
+        done.push(device.read(*offset, block).await.is_ok());
+    }
+    done
 }

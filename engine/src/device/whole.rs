@@ -1,6 +1,6 @@
 //! Whole transfers out of single system calls, which the kernel may cut short, interrupt or put off.
 
-use super::Device;
+use super::{BlockBuf, Device};
 use crate::error::{Error, Result};
 use std::io;
 use std::path::Path;
@@ -20,6 +20,12 @@ pub trait SystemCalls {
 
     /// `pread(2)`: fills a part of `buffer`, 0 bytes at the end of the file.
     async fn read_once(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+
+    /// `pread(2)` of each of these blocks, many at a time; which of them were read as wholes. None where that is no faster
+    /// than one after the other.
+    fn read_together(&self, _blocks: &mut [(u64, BlockBuf)]) -> Option<Vec<bool>> {
+        None
+    }
 
     /// `pwrite(2)`: writes a part of `buffer`.
     async fn write_once(&self, offset: u64, buffer: &[u8]) -> io::Result<usize>;
@@ -145,6 +151,13 @@ impl<C: SystemCalls> Device for C {
             self.read_once(at, &mut buffer[done..]).await
         })
         .await
+    }
+
+    async fn read_blocks(&self, blocks: &mut [(u64, BlockBuf)]) -> Vec<bool> {
+        if let Some(done) = self.read_together(blocks) {
+            return done;
+        }
+        super::read_one_by_one(self, blocks).await
     }
 
     async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {

@@ -378,6 +378,47 @@ impl Metadata {
     }
 }
 
+/// What is read of the device at a time, in pieces.
+const TOGETHER_MAX: usize = 1024;
+
+impl Metadata {
+    /// Reads all of these, many at a time. What cannot be read stays missing: whoever needs it tries again, and is told
+    /// why not.
+    pub(crate) async fn supply_all<D: Device>(&mut self, device: &D, missing: &[Missing]) {
+        for some in missing.chunks(TOGETHER_MAX) {
+            let wanted: Vec<_> = some
+                .iter()
+                .map(|missing| {
+                    (
+                        *missing,
+                        pages_of(self.id, *missing, self.missing_place(*missing)),
+                    )
+                })
+                .collect();
+            let pages = wanted.iter().flat_map(|(_, pages)| pages);
+            let mut blocks: Vec<_> = pages
+                .map(|page| (page.ptr.pba.offset(), BlockBuf::zeroed(1)))
+                .collect();
+            let done = device.read_blocks(&mut blocks).await;
+            let mut read = blocks
+                .iter()
+                .zip(done)
+                .map(|((_, block), is_read)| block.first_chunk().filter(|_| is_read));
+            for (missing, pages) in &wanted {
+                let found: Vec<_> = read.by_ref().take(pages.len()).collect();
+                let found: Option<Vec<_>> = found.into_iter().collect();
+                let supplied =
+                    found.map(|found| decode(*missing, pages, &found, self.space.bounds()));
+                if let Some(Ok(supplied)) = supplied
+                    && !self.has(*missing)
+                {
+                    drop(self.supply(*missing, supplied));
+                }
+            }
+        }
+    }
+}
+
 /// Reads one page.
 pub(crate) async fn read_page<D: Device>(
     device: &D,
@@ -397,16 +438,50 @@ async fn read_missing<D: Device>(
     place: CountsPlace,
 ) -> Result<Supplied> {
     let mut buffer = BlockBuf::zeroed(1);
-    match missing {
-        Missing::Page(ptr, level) => {
-            let page = read_page(device, ptr.pba, &mut buffer).await?;
-            let identity = PageIdentity {
-                pool,
-                kind: PageKind::Map,
-                level,
-                ptr,
+    let pages = pages_of(pool, missing, place);
+    let mut found = Vec::with_capacity(pages.len());
+    for page in &pages {
+        found.push(read_page(device, page.ptr.pba, &mut buffer).await?);
+    }
+    let found: Vec<&PageBytes> = found.iter().collect();
+    decode(missing, &pages, &found, bounds)
+}
+
+/// The pages that say what is missing; none where the device has never had it.
+fn pages_of(pool: PoolId, missing: Missing, place: CountsPlace) -> Vec<PageIdentity> {
+    let identity = |kind, level, ptr| PageIdentity {
+        pool,
+        kind,
+        level,
+        ptr,
+    };
+    match (missing, place) {
+        (Missing::Page(ptr, level), _) => vec![identity(PageKind::Map, level, ptr)],
+        (Missing::Counts(_), None) => Vec::new(),
+        (Missing::Counts(region), Some((slot, generation, is_wide))) => {
+            let half = |kind, high| {
+                let pba = region_slot(region, slot, high);
+                identity(kind, 0, PagePtr { pba, generation })
             };
-            let (mapped, node) = map_page::decode(&page, identity, bounds)?;
+            let mut halves = vec![half(PageKind::Counts, false)];
+            halves.extend(is_wide.then(|| half(PageKind::CountsHigh, true)));
+            halves
+        }
+    }
+}
+
+/// What was missing, of the pages that say it.
+fn decode(
+    missing: Missing,
+    pages: &[PageIdentity],
+    found: &[&PageBytes],
+    bounds: Bounds,
+) -> Result<Supplied> {
+    let mut pages = pages.iter().zip(found);
+    match missing {
+        Missing::Page(_, level) => {
+            let (identity, page) = pages.next().ok_or_else(|| Error::new(ErrorKind::Io))?;
+            let (mapped, node) = map_page::decode(page, *identity, bounds)?;
             let node = triomphe::Arc::new(node);
             Ok(Supplied::Page(MapPage {
                 level,
@@ -414,28 +489,10 @@ async fn read_missing<D: Device>(
                 node,
             }))
         }
-        Missing::Counts(region) => {
-            let Some((slot, generation, is_wide)) = place else {
-                return Ok(Supplied::Counts(None, None));
-            };
+        Missing::Counts(_) => {
             let mut halves = [None, None];
-            for (half, high) in halves.iter_mut().zip([false, true]) {
-                if high && !is_wide {
-                    break;
-                }
-                let pba = region_slot(region, slot, high);
-                let page = read_page(device, pba, &mut buffer).await?;
-                let identity = PageIdentity {
-                    pool,
-                    kind: if high {
-                        PageKind::CountsHigh
-                    } else {
-                        PageKind::Counts
-                    },
-                    level: 0,
-                    ptr: PagePtr { pba, generation },
-                };
-                *half = Some(Box::new(decode_counts(&page, identity)?));
+            for (half, (identity, page)) in halves.iter_mut().zip(pages) {
+                *half = Some(Box::new(decode_counts(page, *identity)?));
             }
             let [low, high] = halves;
             Ok(Supplied::Counts(low, high))

@@ -15,6 +15,7 @@ mod open;
 mod own;
 mod pace;
 mod reach;
+mod read_ahead;
 mod recovery;
 mod repair;
 mod report;

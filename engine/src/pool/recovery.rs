@@ -2,6 +2,7 @@
 //! it: all of it, or, where metadata is damaged, all that can be.
 
 use super::open::RingPlace;
+use super::read_ahead::{read_changed, read_mapped};
 use crate::checkpoint::load;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -127,6 +128,7 @@ async fn replay<D: Device>(device: &D, metadata: &mut Metadata, unsaved: &Unsave
                 .await?;
         }
     }
+    read_mapped(device, metadata, &unsaved.records).await;
     // Blocks that the journal maps were taken when it was written: pages that replay makes must not get them.
     for record in &unsaved.records {
         if let Record::Map { pba, count, .. } = record {
@@ -136,6 +138,7 @@ async fn replay<D: Device>(device: &D, metadata: &mut Metadata, unsaved: &Unsave
                 .await?;
         }
     }
+    read_changed(device, metadata, &unsaved.records).await;
     let mut seq = unsaved.first;
     for record in &unsaved.records {
         metadata
