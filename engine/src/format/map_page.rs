@@ -5,6 +5,7 @@ use super::layout::Bounds;
 use super::page::{BODY_BYTES, PageBytes, PageIdentity, PagePtr, body_mut, seal, verify};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_LEN, Generation, Pba};
+use triomphe::Arc;
 
 /// Blocks that a leaf maps.
 pub(crate) const LEAF_ENTRIES: usize = 512;
@@ -18,13 +19,13 @@ const MAPPED_BYTES: usize = 8;
 const _: () = assert!(MAPPED_BYTES + LEAF_ENTRIES * LEAF_ENTRY_BYTES <= BODY_BYTES);
 const _: () = assert!(MAPPED_BYTES + INNER_ENTRIES * INNER_ENTRY_BYTES <= BODY_BYTES);
 
-/// The entries of a map page.
+/// The entries of a map page; a clone shares them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Node {
     /// The block that each logical block maps to; block 0 says none.
-    Leaf(Box<[Pba; LEAF_ENTRIES]>),
+    Leaf(Arc<[Pba; LEAF_ENTRIES]>),
     /// The children.
-    Inner(Box<[Option<PagePtr>; INNER_ENTRIES]>),
+    Inner(Arc<[Option<PagePtr>; INNER_ENTRIES]>),
 }
 
 /// Logical blocks that a page of `level` spans.
@@ -77,8 +78,8 @@ pub(crate) fn decode(
     let outside =
         || Error::corrupt("map page: names a block that it cannot have").at_pba(identity.ptr.pba);
     if identity.level == 0 {
-        let mut entries = Box::new([Pba(0); LEAF_ENTRIES]);
-        for entry in entries.iter_mut() {
+        let mut entries = [Pba(0); LEAF_ENTRIES];
+        for entry in &mut entries {
             *entry = Pba(reader.u48()?);
             if entry.0 != 0 && !bounds.contain(*entry) {
                 return Err(outside());
@@ -90,10 +91,10 @@ pub(crate) fn decode(
                     .at_pba(identity.ptr.pba),
             );
         }
-        return Ok((mapped, Node::Leaf(entries)));
+        return Ok((mapped, Node::Leaf(Arc::new(entries))));
     }
-    let mut children = Box::new([None; INNER_ENTRIES]);
-    for child in children.iter_mut() {
+    let mut children = [None; INNER_ENTRIES];
+    for child in &mut children {
         let (pba, generation) = (Pba(reader.u48()?), Generation(reader.u48()?));
         if pba.0 != 0 && !bounds.contain(pba) {
             return Err(outside());
@@ -105,5 +106,5 @@ pub(crate) fn decode(
         }
         *child = (pba.0 != 0).then_some(PagePtr { pba, generation });
     }
-    Ok((mapped, Node::Inner(children)))
+    Ok((mapped, Node::Inner(Arc::new(children))))
 }

@@ -482,7 +482,6 @@ fn decode(
         Missing::Page(_, level) => {
             let (identity, page) = pages.next().ok_or_else(|| Error::new(ErrorKind::Io))?;
             let (mapped, node) = map_page::decode(page, *identity, bounds)?;
-            let node = triomphe::Arc::new(node);
             Ok(Supplied::Page(MapPage {
                 level,
                 mapped,

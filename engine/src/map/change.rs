@@ -1,7 +1,9 @@
 //! Changing a map: remap and unmap, each in two parts. *Prepare* looks at everything the change will touch and sets
 //! blocks aside, and may find something missing; *apply* then cannot fail.
 
-use super::{MapPage, MapStore, child_index, empty_node, leaf_index, level_matches, span_end};
+use super::{
+    MapPage, MapStore, child_index, empty_node, leaf_index, level_matches, runs, span_end,
+};
 use crate::error::{Error, Result};
 use crate::format::catalog::Root;
 use crate::format::map_page::{LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
@@ -49,7 +51,7 @@ impl MapStore {
             if level == lowest {
                 return Ok(Some(page));
             }
-            if let Node::Inner(children) = &*page.node {
+            if let Node::Inner(children) = &page.node {
                 next = children[child_index(level, lba)];
             }
             level -= 1;
@@ -94,7 +96,7 @@ impl MapStore {
         root.ptr = Some(ptr);
         while level > lowest {
             let slot = child_index(level, lba);
-            let child = match &*self.page_mut(ptr).node {
+            let child = match &self.page_mut(ptr).node {
                 Node::Inner(children) => children[slot],
                 Node::Leaf(_) => None,
             };
@@ -109,8 +111,8 @@ impl MapStore {
     }
 
     fn set_child(&mut self, parent: PagePtr, slot: usize, child: Option<PagePtr>) {
-        if let Node::Inner(children) = Arc::make_mut(&mut self.page_mut(parent).node) {
-            children[slot] = child;
+        if let Node::Inner(children) = &mut self.page_mut(parent).node {
+            Arc::make_mut(children)[slot] = child;
         }
     }
 
@@ -128,7 +130,7 @@ impl MapStore {
                 let page = MapPage {
                     level,
                     mapped: 0,
-                    node: Arc::new(empty_node(level)),
+                    node: empty_node(level),
                 };
                 self.insert_new(page, space)
             }
@@ -152,7 +154,7 @@ impl MapStore {
             .page
             .clone();
         if is_shared {
-            match &*page.node {
+            match &page.node {
                 Node::Leaf(entries) => runs(&entries[..]).for_each(|run| space.retain_all(run)),
                 Node::Inner(children) => {
                     for child in children.iter().flatten() {
@@ -189,8 +191,11 @@ impl MapStore {
         let leaf = self.make_writable(root, lba, 0, 0, seq, space);
         let first = leaf_index(lba);
         let mut holes = 0;
-        if let Node::Leaf(entries) = Arc::make_mut(&mut self.page_mut(leaf).node) {
-            for (entry, new) in entries[first..].iter_mut().zip(extent.blocks()) {
+        if let Node::Leaf(entries) = &mut self.page_mut(leaf).node {
+            for (entry, new) in Arc::make_mut(entries)[first..]
+                .iter_mut()
+                .zip(extent.blocks())
+            {
                 space.publish(new);
                 let old = std::mem::replace(entry, new);
                 if old.0 == 0 {
@@ -212,7 +217,7 @@ impl MapStore {
         while let Some(ptr) = next {
             let page = self.page_mut(ptr);
             page.mapped = page.mapped.saturating_add(blocks);
-            next = match &*page.node {
+            next = match &page.node {
                 Node::Inner(children) => children[child_index(level, lba)],
                 Node::Leaf(_) => None,
             };
@@ -224,7 +229,7 @@ impl MapStore {
         let Some(leaf) = self.page_at(root, lba, 0)? else {
             return Ok(None);
         };
-        match &*self.page(leaf, 0)?.node {
+        match &self.page(leaf, 0)?.node {
             Node::Leaf(entries) => Ok(Some(entries)),
             Node::Inner(_) => Err(Error::corrupt("an inner page in a leaf's place")
                 .at_pba(leaf.pba)
@@ -271,7 +276,7 @@ impl MapStore {
                 }
                 return Ok(UnmapStep::SharedPage { from, to, level });
             }
-            match &*page.node {
+            match &page.node {
                 Node::Leaf(entries) => {
                     let run = &entries[leaf_index(from)..];
                     let skip = run
@@ -325,8 +330,9 @@ impl MapStore {
                 let gone = count - self.count_holes(*root, from, count);
                 let delta = -i64::try_from(gone).unwrap_or(i64::MAX);
                 let leaf = self.make_writable(root, from, 0, delta, seq, space);
-                if let Node::Leaf(entries) = Arc::make_mut(&mut self.page_mut(leaf).node) {
-                    for (entry, _) in entries[leaf_index(from)..].iter_mut().zip(0..count) {
+                if let Node::Leaf(entries) = &mut self.page_mut(leaf).node {
+                    let run = &mut Arc::make_mut(entries)[leaf_index(from)..];
+                    for (entry, _) in run.iter_mut().zip(0..count) {
                         let old = std::mem::take(entry);
                         if old.0 != 0 {
                             space.release(old, Some(seq));
@@ -377,12 +383,12 @@ impl MapStore {
                 let mapped = self.page(below, root.level).map_or(0, |page| page.mapped);
                 let mut node = empty_node(root.level + 1);
                 if let Node::Inner(children) = &mut node {
-                    children[0] = Some(below);
+                    Arc::make_mut(children)[0] = Some(below);
                 }
                 let page = MapPage {
                     level: root.level + 1,
                     mapped,
-                    node: Arc::new(node),
+                    node,
                 };
                 root.ptr = Some(self.insert_new(page, space));
             }
@@ -417,24 +423,11 @@ fn require_entries(
     count: u64,
     space: &SpaceMap,
 ) -> Result<(), Fault> {
-    if let Some(Node::Leaf(entries)) = leaf.map(|leaf| &*leaf.node) {
+    if let Some(Node::Leaf(entries)) = leaf.map(|leaf| &leaf.node) {
         let run = entries[leaf_index(lba)..].iter().zip(0..count);
         for (entry, _) in run.filter(|(entry, _)| entry.0 != 0) {
             space.referenced(*entry)?;
         }
     }
     Ok(())
-}
-
-/// What the entries of a leaf map to, in runs of blocks that lie one after the other.
-fn runs(entries: &[Pba]) -> impl Iterator<Item = Extent> {
-    let mut rest = entries;
-    std::iter::from_fn(move || {
-        let first = rest.iter().position(|entry| entry.0 != 0)?;
-        let start = rest[first];
-        let follows = |(index, entry): &(u64, &Pba)| **entry == start.plus(*index);
-        let count = (0..).zip(&rest[first..]).take_while(follows).count();
-        rest = &rest[first + count..];
-        Some(Extent::new(start, count as u64))
-    })
 }

@@ -46,7 +46,7 @@ impl MapStore {
         };
         loop {
             see_count(ptr)?;
-            match &*self.page(ptr, level)?.node {
+            match &self.page(ptr, level)?.node {
                 Node::Leaf(entries) => return Ok(Ok(entries)),
                 Node::Inner(children) => {
                     let child = children[child_index(level, lba)];
@@ -163,7 +163,7 @@ impl MapStore {
         let mut found = root.ptr;
         while at > level {
             let Some(ptr) = found else { return Ok(None) };
-            if let Node::Inner(children) = &*self.page(ptr, at)?.node {
+            if let Node::Inner(children) = &self.page(ptr, at)?.node {
                 found = children[child_index(at, lba)];
             }
             at -= 1;

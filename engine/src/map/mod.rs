@@ -20,7 +20,7 @@ use crate::format::map_page::{INNER_ENTRIES, LEAF_ENTRIES, LEVEL_MAX, Node, span
 use crate::format::page::PagePtr;
 use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::space::{Fault, Missing, SpaceMap};
-use crate::units::{Generation, Lba, Pba, Seq};
+use crate::units::{Extent, Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +32,7 @@ pub(crate) struct MapPage {
     pub(crate) level: u8,
     /// Logical blocks that the page and those below it map.
     pub(crate) mapped: u64,
-    pub(crate) node: Arc<Node>,
+    pub(crate) node: Node,
 }
 
 #[derive(Debug)]
@@ -107,10 +107,23 @@ fn span_end(level: u8, lba: Lba) -> Lba {
 
 fn empty_node(level: u8) -> Node {
     if level == 0 {
-        Node::Leaf(Box::new([Pba(0); LEAF_ENTRIES]))
+        Node::Leaf(Arc::new([Pba(0); LEAF_ENTRIES]))
     } else {
-        Node::Inner(Box::new([None; INNER_ENTRIES]))
+        Node::Inner(Arc::new([None; INNER_ENTRIES]))
     }
+}
+
+/// What the entries of a leaf map to, in runs of blocks that lie one after the other.
+fn runs(entries: &[Pba]) -> impl Iterator<Item = Extent> {
+    let mut rest = entries;
+    std::iter::from_fn(move || {
+        let first = rest.iter().position(|entry| entry.0 != 0)?;
+        let start = rest[first];
+        let follows = |(index, entry): &(u64, &Pba)| **entry == start.plus(*index);
+        let count = (0..).zip(&rest[first..]).take_while(follows).count();
+        rest = &rest[first + count..];
+        Some(Extent::new(start, count as u64))
+    })
 }
 
 impl MapStore {

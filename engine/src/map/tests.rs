@@ -210,7 +210,7 @@ impl Pair {
             if !seen.insert(ptr) {
                 continue;
             }
-            match &*self.store.page(ptr, level).unwrap().node {
+            match &self.store.page(ptr, level).unwrap().node {
                 Node::Leaf(entries) => {
                     for entry in entries.iter().filter(|entry| entry.0 != 0) {
                         *counts.entry(*entry).or_default() += 1;
@@ -357,7 +357,7 @@ impl Pair {
         if self.space.count(ptr.pba).unwrap() > 1 {
             return 0;
         }
-        1 + match &*self.store.page(ptr, level).unwrap().node {
+        1 + match &self.store.page(ptr, level).unwrap().node {
             Node::Leaf(entries) => {
                 let mapped = entries.iter().filter(|entry| entry.0 != 0);
                 mapped
@@ -478,7 +478,7 @@ fn a_page_from_disk_does_not_replace_a_younger_one() {
     let page = |mapped| super::MapPage {
         level: 0,
         mapped,
-        node: triomphe::Arc::new(super::empty_node(0)),
+        node: super::empty_node(0),
     };
     store.insert_loaded(ptr(3), page(1));
     store.insert_loaded(ptr(2), page(2));
@@ -547,12 +547,12 @@ fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
     space.set_aside(5).unwrap();
     let far = Pba(5 * layout::REGION_BLOCKS + 7);
     // As read from disk: a leaf that names a block of a region whose counts are not in memory.
-    let mut entries = Box::new([Pba(0); LEAF_ENTRIES]);
+    let mut entries = [Pba(0); LEAF_ENTRIES];
     entries[20] = far;
     let page = super::MapPage {
         level: 0,
         mapped: 1,
-        node: triomphe::Arc::new(Node::Leaf(entries)),
+        node: Node::Leaf(triomphe::Arc::new(entries)),
     };
     root.ptr = Some(store.insert_new(page, &mut space));
     let missing = |result: Result<(), Fault>| {
@@ -582,7 +582,7 @@ fn the_order_of_eviction_stays_as_short_as_memory() {
     let page = super::MapPage {
         level: 0,
         mapped: 0,
-        node: triomphe::Arc::new(super::empty_node(0)),
+        node: super::empty_node(0),
     };
     // Pages come and go without eviction, as those of a checkpoint after the other do.
     for round in 0..1000 {

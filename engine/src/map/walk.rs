@@ -1,13 +1,14 @@
 //! Walking maps in steps, each from the root down to where the last one ended, so that no pointer is held between
 //! steps: differences between two maps, blocks that only one map has, and the return of a removed map's space.
 
-use super::{MapStore, leaf_index, level_matches, span_end};
+use super::{MapStore, leaf_index, level_matches, runs, span_end};
 use crate::error::Result;
 use crate::format::catalog::{Own, Root};
 use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
 use crate::format::page::PagePtr;
 use crate::space::{Fault, SpaceMap};
 use crate::units::{Lba, Pba, Seq};
+use triomphe::Arc;
 
 /// What one step of a diff found.
 #[derive(Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ impl MapStore {
         let Some(ptr) = self.page_at(root, lba, 0)? else {
             return Ok(None);
         };
-        match &*self.page(ptr, 0)?.node {
+        match &self.page(ptr, 0)?.node {
             Node::Leaf(entries) => Ok(Some(entries)),
             Node::Inner(_) => Ok(None),
         }
@@ -100,7 +101,7 @@ impl MapStore {
                 return Ok((span_end(level, from), own));
             }
             own.pages += u64::from(from.0.is_multiple_of(span_blocks(level)));
-            match &*self.page(ptr, level)?.node {
+            match &self.page(ptr, level)?.node {
                 Node::Leaf(entries) => {
                     for entry in entries.iter().filter(|entry| entry.0 != 0) {
                         own.data += u64::from(space.referenced(*entry)? == 1);
@@ -149,12 +150,12 @@ impl MapStore {
                 passed = self.page(ptr, level).map_or(0, |page| page.mapped);
                 break span_end(level, from);
             }
-            match &*self.page(ptr, level)?.node {
+            match &self.page(ptr, level)?.node {
                 Node::Leaf(leaf) => {
-                    for entry in leaf.iter().filter(|entry| entry.0 != 0) {
-                        space.referenced(*entry)?;
+                    for run in runs(&leaf[..]) {
+                        space.all_referenced(run)?;
                     }
-                    entries = Some(leaf.clone());
+                    entries = Some(Arc::clone(leaf));
                     break span_end(0, from);
                 }
                 Node::Inner(children) => {

@@ -13,7 +13,6 @@ use crate::units::{Generation, Lba, Pba, VolumeId};
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use triomphe::Arc;
 
 /// Map pages kept in memory while walking.
 const PAGES_KEPT: usize = 1 << 16;
@@ -95,15 +94,11 @@ async fn is_owned_once<D: Device>(device: &D, metadata: &mut Metadata, pba: Pba)
     matches!(counted, Ok(1))
 }
 
-async fn page<D: Device>(
-    device: &D,
-    metadata: &mut Metadata,
-    visit: Visit,
-) -> Result<(u64, Arc<Node>)> {
+async fn page<D: Device>(device: &D, metadata: &mut Metadata, visit: Visit) -> Result<(u64, Node)> {
     metadata
         .with_supply(device, |metadata| {
             let page = metadata.map.page(visit.ptr, visit.level)?;
-            Ok::<_, Fault>((page.mapped, Arc::clone(&page.node)))
+            Ok::<_, Fault>((page.mapped, page.node.clone()))
         })
         .await
 }
@@ -186,7 +181,7 @@ impl Reach {
             self.pages += 1;
             visit.is_alone &= is_owned_once(device, metadata, visit.ptr.pba).await;
             own.pages += u64::from(visit.is_alone);
-            if let Node::Leaf(entries) = &*node {
+            if let Node::Leaf(entries) = &node {
                 for data in entries.iter().filter(|data| data.0 != 0) {
                     if self.refer(*data) == 1 {
                         self.data_blocks += 1;

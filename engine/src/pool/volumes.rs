@@ -345,7 +345,7 @@ impl Pool {
                 .view(device, |metadata| {
                     let node = &metadata.map.page(ptr, level)?.node;
                     let mut counts = Vec::new();
-                    if let Node::Leaf(entries) = &**node {
+                    if let Node::Leaf(entries) = node {
                         for entry in entries.iter().filter(|entry| entry.0 != 0) {
                             counts.push((*entry, metadata.space.referenced(*entry)?));
                         }
@@ -359,7 +359,7 @@ impl Pool {
                 Err(error) if error.kind() == ErrorKind::Corrupt => continue,
                 Err(error) => return Err(error),
             };
-            if let Node::Inner(children) = &*node {
+            if let Node::Inner(children) = &node {
                 pages.extend(children.iter().flatten().map(|child| (*child, level - 1)));
             }
             for (pba, owners) in counts {

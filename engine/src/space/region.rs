@@ -19,8 +19,7 @@ pub(crate) struct Region {
     is_untrimmed: bool,
     /// What the index on disk says of that, or will once the checkpoint under way is durable.
     is_noted: bool,
-    /// Its counts changed since the last freeze.
-    is_dirty: bool,
+    since_freeze: SinceFreeze,
     /// Somebody looked at its counts since the last time that eviction came by.
     is_used: AtomicBool,
     /// Blocks that are part of the pool and have no fixed use.
@@ -30,6 +29,13 @@ pub(crate) struct Region {
     /// Of those, the ones neither reserved nor pending.
     available: u64,
     loaded: Option<Box<Loaded>>,
+}
+
+/// What became of a region's counts since the last freeze.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SinceFreeze {
+    Same,
+    Changed,
 }
 
 #[derive(Debug)]
@@ -73,7 +79,7 @@ impl Region {
             is_wide: false,
             is_untrimmed: false,
             is_noted: false,
-            is_dirty: false,
+            since_freeze: SinceFreeze::Same,
             is_used: AtomicBool::new(false),
             usable: free,
             free,
@@ -211,16 +217,16 @@ impl Region {
 
     /// Its counts change; whether they had before, since the last freeze.
     pub(crate) fn set_dirty(&mut self) -> bool {
-        std::mem::replace(&mut self.is_dirty, true)
+        std::mem::replace(&mut self.since_freeze, SinceFreeze::Changed) == SinceFreeze::Changed
     }
 
     /// Its counts are taken to be written.
     pub(crate) fn set_clean(&mut self) {
-        self.is_dirty = false;
+        self.since_freeze = SinceFreeze::Same;
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
-        self.is_dirty
+        self.since_freeze == SinceFreeze::Changed
     }
 
     /// Drops the counts from memory.
@@ -398,9 +404,13 @@ impl Region {
         let end = REGION_LEN.min(offset + want);
         let low = &mut Arc::make_mut(&mut self.loaded_mut().low)[offset..end];
         if low.iter().all(|count| (1..u16::MAX).contains(count)) {
-            low.iter_mut().for_each(|count| *count += 1);
+            for count in low {
+                *count += 1;
+            }
         } else {
-            (offset..end).for_each(|offset| self.add(offset));
+            for offset in offset..end {
+                self.add(offset);
+            }
         }
         end - offset
     }
