@@ -15,7 +15,7 @@ pub(crate) mod tests;
 pub(crate) use commit::{Committed, Tail};
 pub(crate) use gate::{Gate, Ticket};
 pub(crate) use replay::{drop_cut_change, read_journal};
-pub(crate) use ring::{Ring, RingOwner};
+pub(crate) use ring::{Ring, RingOwner, RingRecords};
 
 use crate::clock::Clock;
 use crate::device::{BlockBuf, Device};
@@ -162,6 +162,18 @@ impl Ledger {
             clock,
             pool,
         }
+    }
+
+    /// Lets the next commit write records that are applied already: the last ones, as a ring has them.
+    pub(crate) fn take_up(&self, records: RingRecords) {
+        let mut state = self.state.write();
+        if let Some((first, _)) = records.first() {
+            state.pending_first = *first;
+        }
+        for (_, framed) in records {
+            state.pending.extend(framed);
+        }
+        state.pending_relies_on_data |= !state.pending.is_empty();
     }
 
     /// The last record that is durable.

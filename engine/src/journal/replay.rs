@@ -134,11 +134,13 @@ async fn find_later<D: Device>(
     Ok(later)
 }
 
-/// Drops the records at the end that belong to a change whose last record is missing.
-pub(crate) fn drop_cut_change(records: &mut Vec<Framed>) {
+/// Drops the records at the end that belong to a change whose last record is missing; whether there were any.
+pub(crate) fn drop_cut_change(records: &mut Vec<Framed>) -> bool {
+    let before = records.len();
     while records.last().is_some_and(|last| last.continues) {
         records.pop();
     }
+    records.len() < before
 }
 
 /// Reads the journal in runs, not block by block.

@@ -1,12 +1,13 @@
 //! Creating, recognising and opening a pool; recovery is part of opening.
 //!
 //! Opening for writing: take the younger superblock and rewrite both under a new generation, which also flushes what
-//! the device still held back; load the checkpoint; replay the journal, then the ring of a killed process; write a
-//! checkpoint if there was anything to replay; start a new session with an empty ring. Nothing is served before that.
+//! the device still held back; load the checkpoint; replay the journal, then the ring of a killed process; commit what
+//! only that has; start a new session with an empty ring. Nothing is served before that. What was replayed stays in the
+//! journal until the background work finds a checkpoint due, so that opening does not wait for one.
 
 use super::maintain::Maintenance;
 use super::mend::{Purpose, mend};
-use super::recovery::load_current;
+use super::recovery::{Unsaved, load_current};
 use super::{Attached, Pool};
 use crate::checkpoint::{Checkpoints, Ending, read_superblocks, write_superblocks};
 use crate::clock::Clock;
@@ -15,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::counts::IndexEntry;
 use crate::format::layout::{TOP_ENTRIES, journal, usable_blocks};
 use crate::format::superblock::Superblock;
-use crate::journal::{Ledger, Ring, RingOwner};
+use crate::journal::{Committed, Ledger, Ring, RingOwner};
 use crate::limits::{METADATA_CACHE_BYTES_DEFAULT, POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
 use crate::name::Name;
 use crate::sync::{AsyncMutex, Mutex};
@@ -182,7 +183,6 @@ impl Pool {
         let mut metadata = metadata;
         metadata.limit(METADATA_CACHE_BYTES_DEFAULT);
         metadata.catalog.refresh_all_owed();
-        let has_unsaved = unsaved.next > superblock.seq;
         let ledger = Ledger::new(
             metadata,
             unsaved.next,
@@ -213,14 +213,16 @@ impl Pool {
             superblock.session = session;
             superblock.boot_id = boot_id;
         };
-        if has_unsaved {
+        if !unsaved.records.is_empty() {
+            tracing::info!(pool = %pool.name, records = unsaved.records.len(), "recovered what no checkpoint covered");
+        }
+        if pool.commit_unsaved(device, unsaved).await? {
+            pool.checkpoints.restate(device, restate).await?;
+        } else {
             let (checkpoints, ledger) = (&pool.checkpoints, &pool.ledger);
             checkpoints
                 .write(ledger, device, Ending::GoOn, restate)
                 .await?;
-            tracing::info!(pool = %pool.name, records = unsaved.records.len(), "recovered what no checkpoint covered");
-        } else {
-            pool.checkpoints.restate(device, restate).await?;
         }
         pool.checkpoints.take_room(device).await;
         if let RingPlace::File { path, .. } = &pool.ring {
@@ -233,6 +235,20 @@ impl Pool {
             pool.ledger.freeze(|state| state.set_ring(Some(ring)));
         }
         Ok(pool)
+    }
+
+    /// Makes all that was replayed durable in the journal; false where only a checkpoint can: nothing may follow a change
+    /// that was cut, or there is no room.
+    async fn commit_unsaved<D: Device>(&self, device: &D, unsaved: Unsaved) -> Result<bool> {
+        if unsaved.is_cut {
+            return Ok(false);
+        }
+        if unsaved.only_in_ring.is_empty() {
+            self.ledger.set_durable(unsaved.next);
+            return Ok(true);
+        }
+        self.ledger.take_up(unsaved.only_in_ring);
+        Ok(self.ledger.commit(device).await? == Committed::Done)
     }
 
     /// Gives the I/O of a volume, or of a snapshot (always read-only), to a frontend; refused while somebody has it.

@@ -11,7 +11,7 @@ use crate::format::journal::{Framed, decode_framed};
 use crate::format::map_page::span_blocks;
 use crate::format::record::Record;
 use crate::format::superblock::Superblock;
-use crate::journal::{Ring, RingOwner, Tail, drop_cut_change, read_journal};
+use crate::journal::{Ring, RingOwner, RingRecords, Tail, drop_cut_change, read_journal};
 use crate::metadata::Metadata;
 use crate::space::Fault;
 use crate::units::{Extent, Lba, Seq, VolumeId};
@@ -21,6 +21,10 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug)]
 pub(super) struct Unsaved {
     pub(super) records: Vec<Record>,
+    /// The last of these as the ring has them, which the journal has not.
+    pub(super) only_in_ring: RingRecords,
+    /// The journal or the ring ends within a change, which is not among these.
+    pub(super) is_cut: bool,
     pub(super) first: Seq,
     pub(super) next: Seq,
     pub(super) tail: Tail,
@@ -69,6 +73,7 @@ pub(super) async fn read_unsaved<D: Device>(
 ) -> Result<Unsaved> {
     let read = read_journal(device, superblock, !was_clean).await?;
     let (mut framed, mut next, mut lost) = (read.records, read.next_seq, read.lost);
+    let mut only_in_ring = RingRecords::new();
     if let RingPlace::File { path, boot_id } = place
         && superblock.boot_id == *boot_id
         && lost.is_none()
@@ -94,6 +99,7 @@ pub(super) async fn read_unsaved<D: Device>(
                         break;
                     }
                     framed.push(decode_framed(&bytes)?);
+                    only_in_ring.push((seq, bytes));
                     next = next.next();
                 }
             }
@@ -104,8 +110,10 @@ pub(super) async fn read_unsaved<D: Device>(
             None => {}
         }
     }
-    drop_cut_change(&mut framed);
+    let is_cut = drop_cut_change(&mut framed);
     Ok(Unsaved {
+        only_in_ring,
+        is_cut,
         records: framed
             .into_iter()
             .map(|Framed { record, .. }| record)
