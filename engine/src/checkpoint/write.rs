@@ -36,6 +36,8 @@ pub(crate) struct Checkpoints {
     current: AsyncMutex<Current>,
     /// Whether one waits for room of the file system below.
     lacks_room: AtomicBool,
+    /// Whether somebody uses the pool: then nothing is given back to the device below.
+    is_busy: AtomicBool,
     durable: Watermark,
     written: AtomicU64,
     last_ns: AtomicU64,
@@ -97,6 +99,7 @@ impl Checkpoints {
                 has_ballast: false,
             }),
             lacks_room: AtomicBool::new(false),
+            is_busy: AtomicBool::new(false),
             written: AtomicU64::new(0),
             last_ns: AtomicU64::new(0),
         }
@@ -114,6 +117,12 @@ impl Checkpoints {
     /// Whether a checkpoint waits for room of the file system below.
     pub(crate) fn lacks_room(&self) -> bool {
         self.lacks_room.load(Ordering::Relaxed)
+    }
+
+    /// Says whether somebody uses the pool. A discard holds up every write of the file system below for some milliseconds,
+    /// and what is given back under load is soon taken again: then the background work gives it back in an idle moment.
+    pub(crate) fn set_busy(&self, is_busy: bool) {
+        self.is_busy.store(is_busy, Ordering::Relaxed);
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
@@ -274,7 +283,8 @@ impl Checkpoints {
         commit.has_gap = false;
         drop(commit);
         ledger.adjust(|metadata| metadata.map.set_durable(frozen.generation));
-        free(ledger, device, &frozen.pending).await;
+        let is_busy = self.is_busy.load(Ordering::Relaxed);
+        free(ledger, device, &frozen.pending, is_busy).await;
         // No durable state leads to these slots any more, and the next checkpoint has not begun.
         discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);
@@ -355,7 +365,7 @@ async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Re
             Page::Index(content, *level),
         ));
     }
-    pages.sort_by_key(|(pba, _)| *pba);
+    pages.sort_unstable_by_key(|(pba, _)| *pba);
 
     let mut buffer = BlockBuf::zeroed(RUN_BLOCKS);
     let mut rest = pages.as_slice();
@@ -400,15 +410,22 @@ fn encode(page: &Page<'_>, pba: Pba, pool: PoolId, generation: Generation) -> Pa
 struct Freed {
     /// Given back to the device below.
     given_back: Vec<Extent>,
-    /// Not worth a discard by themselves; the background work gives them back.
-    short: Vec<Extent>,
+    /// Not given back; the background work does that, a region at a time.
+    kept: Vec<Extent>,
 }
 
 /// Lets blocks be handed out again that were pending at the freeze. Until then nobody takes them, so that no discard hits
 /// what somebody wrote.
-async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent]) {
-    let freed = discard(device, pending).await;
-    for (runs, is_stale) in [(&freed.short, true), (&freed.given_back, false)] {
+async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], is_busy: bool) {
+    let freed = if is_busy {
+        Freed {
+            given_back: Vec::new(),
+            kept: pending.to_vec(),
+        }
+    } else {
+        discard(device, pending).await
+    };
+    for (runs, is_stale) in [(&freed.kept, true), (&freed.given_back, false)] {
         for some in pieces(runs) {
             ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
         }
@@ -486,6 +503,6 @@ async fn discard<D: Device>(device: &D, freed: &[Extent]) -> Freed {
     let refused = given_back.split_off(done);
     Freed {
         given_back,
-        short: [short, refused].concat(),
+        kept: [short, refused].concat(),
     }
 }

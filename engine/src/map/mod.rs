@@ -244,11 +244,12 @@ impl MapStore {
         }
     }
 
-    /// Ends the generation: its pages are frozen and handed to the checkpoint that writes them.
+    /// Ends the generation: its pages are frozen and handed to the checkpoint that writes them, in no order: nobody
+    /// can look anything up meanwhile.
     pub(crate) fn freeze(&mut self) -> Vec<FrozenPage> {
         let generation = self.generation;
         self.generation = generation.next();
-        let mut frozen: Vec<FrozenPage> = std::mem::take(&mut self.dirty)
+        std::mem::take(&mut self.dirty)
             .into_iter()
             .filter_map(|ptr| {
                 let cached = self.pages.get(&ptr.pba)?;
@@ -258,10 +259,7 @@ impl MapStore {
                     page: cached.page.clone(),
                 })
             })
-            .collect();
-        frozen.sort_by_key(|frozen| frozen.ptr);
-        frozen.dedup_by_key(|frozen| frozen.ptr);
-        frozen
+            .collect()
     }
 
     /// Shares a map: one more owner of its root page. The caller checked the root's count with `referenced`.

@@ -101,6 +101,7 @@ impl Pool {
             }
         }
         let is_busy = work.watch.is_busy(self.requests(), now);
+        self.checkpoints.set_busy(is_busy);
         let mut has_more = self.reclaim(device).await;
         let worked_ns = self.ledger.clock.monotonic_ns().saturating_sub(now);
         self.evict();
