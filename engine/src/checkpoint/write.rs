@@ -125,6 +125,10 @@ impl Checkpoints {
         self.is_busy.store(is_busy, Ordering::Relaxed);
     }
 
+    fn is_busy(&self) -> bool {
+        self.is_busy.load(Ordering::Relaxed)
+    }
+
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
     pub(crate) async fn hold(&self) -> AsyncMutexGuard<'_, Current> {
         self.current.lock().await
@@ -283,8 +287,7 @@ impl Checkpoints {
         commit.has_gap = false;
         drop(commit);
         ledger.adjust(|metadata| metadata.map.set_durable(frozen.generation));
-        let is_busy = self.is_busy.load(Ordering::Relaxed);
-        free(ledger, device, &frozen.pending, is_busy).await;
+        free(ledger, device, &frozen.pending, self.is_busy()).await;
         // No durable state leads to these slots any more, and the next checkpoint has not begun.
         discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);

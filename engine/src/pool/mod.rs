@@ -15,7 +15,6 @@ mod open;
 mod own;
 mod pace;
 mod reach;
-mod read_ahead;
 mod recovery;
 mod repair;
 mod report;

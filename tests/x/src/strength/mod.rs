@@ -18,7 +18,7 @@ const ROOMS: [&str; 7] = [
     "engine/src/checkpoint/*.rs",
     "engine/src/metadata/*.rs",
     "engine/src/pool/open.rs",
-    "engine/src/pool/recovery.rs",
+    "engine/src/pool/recovery/*.rs",
 ];
 
 /// The packages whose tests have to notice.

@@ -1,8 +1,11 @@
 //! Recovery: what the checkpoint does not cover, from the journal, then from the ring of a killed process, applied to
 //! it: all of it, or, where metadata is damaged, all that can be.
 
+mod read_ahead;
+#[cfg(test)]
+mod tests;
+
 use super::open::RingPlace;
-use super::read_ahead::{read_changed, read_mapped};
 use crate::checkpoint::load;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +18,7 @@ use crate::journal::{Ring, RingOwner, RingRecords, Tail, drop_cut_change, read_j
 use crate::metadata::Metadata;
 use crate::space::Fault;
 use crate::units::{Extent, Lba, Seq, VolumeId};
+use read_ahead::{read_changed, read_mapped};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a checkpoint does not cover.
