@@ -36,8 +36,6 @@ pub(crate) struct Checkpoints {
     current: AsyncMutex<Current>,
     /// Whether one waits for room of the file system below.
     lacks_room: AtomicBool,
-    /// Whether somebody uses the pool: then nothing is given back to the device below.
-    is_busy: AtomicBool,
     durable: Watermark,
     written: AtomicU64,
     last_ns: AtomicU64,
@@ -69,6 +67,9 @@ struct Unfinished {
 pub(crate) enum Ending {
     /// The pool goes on.
     GoOn,
+    /// The same, and somebody uses it: freed blocks are not given back to the device below. A discard holds up every write
+    /// of a file system for some milliseconds, and what is freed under load is soon taken again.
+    Yield,
     /// Nothing: the pool is closed.
     Close,
 }
@@ -99,7 +100,6 @@ impl Checkpoints {
                 has_ballast: false,
             }),
             lacks_room: AtomicBool::new(false),
-            is_busy: AtomicBool::new(false),
             written: AtomicU64::new(0),
             last_ns: AtomicU64::new(0),
         }
@@ -117,16 +117,6 @@ impl Checkpoints {
     /// Whether a checkpoint waits for room of the file system below.
     pub(crate) fn lacks_room(&self) -> bool {
         self.lacks_room.load(Ordering::Relaxed)
-    }
-
-    /// Says whether somebody uses the pool. A discard holds up every write of the file system below for some milliseconds,
-    /// and what is given back under load is soon taken again: then the background work gives it back in an idle moment.
-    pub(crate) fn set_busy(&self, is_busy: bool) {
-        self.is_busy.store(is_busy, Ordering::Relaxed);
-    }
-
-    fn is_busy(&self) -> bool {
-        self.is_busy.load(Ordering::Relaxed)
     }
 
     /// Keeps checkpoints away: what the last one wrote stays as it is on disk.
@@ -181,7 +171,7 @@ impl Checkpoints {
         if current.superblock.generation > seen {
             return Ok(());
         }
-        self.write_next(current, ledger, device, Ending::GoOn, |_| {})
+        self.write_next(current, ledger, device, Ending::Yield, |_| {})
             .await
     }
 
@@ -195,7 +185,8 @@ impl Checkpoints {
     ) -> Result<()> {
         let started = ledger.clock.monotonic_ns();
         if current.unfinished.is_some() {
-            self.finish(&mut current, ledger, device, |_| {}).await?;
+            self.finish(&mut current, ledger, device, Ending::Yield, |_| {})
+                .await?;
         }
         let closing = ledger.gate.closing().await;
         let mut commit = ledger.hold_commits().await;
@@ -229,7 +220,8 @@ impl Checkpoints {
             superblock.is_clean = ending == Ending::Close;
             restate(superblock);
         };
-        self.finish(&mut current, ledger, device, restate).await?;
+        self.finish(&mut current, ledger, device, ending, restate)
+            .await?;
         self.last_ns
             .store(ledger.clock.monotonic_ns() - started, Ordering::Relaxed);
         Ok(())
@@ -241,6 +233,7 @@ impl Checkpoints {
         current: &mut Current,
         ledger: &Ledger,
         device: &D,
+        ending: Ending,
         restate: impl FnOnce(&mut Superblock),
     ) -> Result<()> {
         ledger.check_poison()?;
@@ -287,7 +280,7 @@ impl Checkpoints {
         commit.has_gap = false;
         drop(commit);
         ledger.adjust(|metadata| metadata.map.set_durable(frozen.generation));
-        free(ledger, device, &frozen.pending, self.is_busy()).await;
+        free(ledger, device, &frozen.pending, ending).await;
         // No durable state leads to these slots any more, and the next checkpoint has not begun.
         discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);
@@ -419,8 +412,8 @@ struct Freed {
 
 /// Lets blocks be handed out again that were pending at the freeze. Until then nobody takes them, so that no discard hits
 /// what somebody wrote.
-async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], is_busy: bool) {
-    let freed = if is_busy {
+async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], ending: Ending) {
+    let freed = if ending == Ending::Yield {
         Freed {
             given_back: Vec::new(),
             kept: pending.to_vec(),

@@ -6,6 +6,7 @@
 use super::Pool;
 use super::own::Counting;
 use super::pace::{Load, Watch, rest_ns};
+use crate::checkpoint::Ending;
 use crate::device::Device;
 use crate::error::Result;
 use crate::limits::METADATA_CACHE_BYTES_MIN;
@@ -101,14 +102,17 @@ impl Pool {
             }
         }
         let is_busy = work.watch.is_busy(self.requests(), now);
-        self.checkpoints.set_busy(is_busy);
         let mut has_more = self.reclaim(device).await;
         let worked_ns = self.ledger.clock.monotonic_ns().saturating_sub(now);
         self.evict();
         if self.wants_checkpoint(now, has_more, is_busy) {
             work.has_reclaimed.store(false, Ordering::Relaxed);
             work.checkpointed_ns.store(now, Ordering::Relaxed);
-            self.checkpoint(device).await?;
+            let ending = if is_busy { Ending::Yield } else { Ending::GoOn };
+            let checkpoints = &self.checkpoints;
+            checkpoints
+                .write(&self.ledger, device, ending, |_| {})
+                .await?;
             if !work.has_reclaimed.load(Ordering::Relaxed) {
                 work.is_unsettled.store(false, Ordering::Relaxed);
             }
