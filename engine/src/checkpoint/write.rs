@@ -21,7 +21,7 @@ const RUN_BLOCKS: usize = 64;
 const DISCARD_BLOCKS_MIN: u64 = 16;
 
 /// So many freed blocks are made free under one hold of the lock.
-const FREED_BLOCKS_MAX: u64 = 8192;
+const FREED_BLOCKS_MAX: u64 = 1024;
 
 /// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
 const BALLAST_BLOCKS_MAX: u64 = 4096;

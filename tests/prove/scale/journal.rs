@@ -4,13 +4,13 @@
 use super::Setting;
 use super::kit::{Bench, Over, path, permille, ratio, seconds, timed};
 use super::sparse::{Hurried, Place};
+use blockfork::clock::{Clock, SystemClock};
 use blockfork::device::{BlockBuf, Device};
 use blockfork::pool::{Attached, Redirect};
 use blockfork::units::BLOCK_BYTES;
 use fastrand::Rng;
 use futures_lite::future::block_on;
 use score::{Card, Target};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -132,10 +132,11 @@ fn wear<D: Device>(bench: &Bench<D>, mut some: impl FnMut()) {
     );
 }
 
-/// The p99 of 4k writes that had a checkpoint under way, beside that of those that had none.
+/// The p99 of 4k writes that had a checkpoint of the background work under way, beside that of those that had none.
 fn checkpoints(setting: &Setting, card: &mut Card) {
-    let blocks = setting.pick(1 << 17, 1 << 20);
-    let wanted = setting.pick(8, 40);
+    // Small, so that what is freed makes a checkpoint due each second or so.
+    let blocks: u64 = 1 << 16;
+    let wanted = setting.pick(8, 30);
     let mut rng = Rng::with_seed(setting.seed);
     let place = Place::new(&setting.folder, "checkpoints", 2 * blocks);
     let bench = Bench::create(place.device(), 2 * blocks);
@@ -144,30 +145,44 @@ fn checkpoints(setting: &Setting, card: &mut Card) {
     bench.fill(&volume);
     bench.settle();
     let block = BlockBuf::zeroed(1);
-    let ours = beside_checkpoints(
+    let written = || bench.pool.stats().checkpoints;
+    let ours = beside(
         wanted,
-        || block_on(bench.pool.checkpoint(&bench.device)).expect("a checkpoint"),
+        || {
+            let before = written();
+            let has_more = bench.step();
+            if !has_more {
+                thread::sleep(REST);
+            }
+            written() > before
+        },
         || bench.write(&volume, rng.u64(..blocks), &block),
     );
     // What the same requests cost without the engine: the disk's share.
     let device = &bench.device;
-    let pages = BlockBuf::zeroed(16);
     let write = |lba: u64, blocks: &[u8]| {
         block_on(device.write(lba * BLOCK_BYTES, blocks)).expect("a write of the device");
     };
     let flush = || block_on(device.flush()).expect("a flush of the device");
     let (first, last) = (blocks / 2, blocks);
     let mut other = Rng::with_seed(setting.seed);
-    let alone = beside_checkpoints(
-        wanted.min(8),
+    let mut is_due = false;
+    let alone = beside(
+        wanted,
         || {
+            is_due = !is_due;
+            if !is_due {
+                thread::sleep(Duration::from_millis(500));
+                return false;
+            }
             flush();
-            (0..64).for_each(|_| write(other.u64(first..last), &pages));
+            (0..RUNS).for_each(|_| write(other.u64(first..last), &block));
             flush();
             for copy in [first, last] {
                 write(copy, &block);
                 flush();
             }
+            true
         },
         || write(rng.u64(first..last), &block),
     );
@@ -181,34 +196,46 @@ fn checkpoints(setting: &Setting, card: &mut Card) {
     drop(volume);
 }
 
-/// The p99 of `write` with a `checkpoint` under way as a multiple of what it is otherwise. There is one each second.
-fn beside_checkpoints(
-    wanted: u64,
-    mut checkpoint: impl FnMut() + Send,
-    mut write: impl FnMut(),
-) -> f64 {
-    let (over, is_going) = (Over::default(), AtomicBool::new(false));
-    let (mut with, mut without) = (Vec::new(), Vec::new());
-    thread::scope(|scope| {
-        scope.spawn(|| {
+/// How long the background thread rests where there is nothing to do.
+const REST: Duration = Duration::from_millis(10);
+/// Runs of pages that a checkpoint of such a pool writes.
+const RUNS: usize = 150;
+
+/// The p99 of `write` while `work` did what it then says it did, as a multiple of what it is otherwise; until it did that
+/// so many times.
+fn beside(wanted: u64, mut work: impl FnMut() -> bool + Send, mut write: impl FnMut()) -> f64 {
+    let clock = SystemClock::new();
+    let over = Over::default();
+    let (times, windows) = thread::scope(|scope| {
+        let worker = scope.spawn(|| {
             let _end = over.at_the_end();
-            for _ in 0..wanted {
-                thread::sleep(Duration::from_secs(1));
-                is_going.store(true, Ordering::Relaxed);
-                checkpoint();
-                is_going.store(false, Ordering::Relaxed);
+            let mut windows = Vec::new();
+            while (windows.len() as u64) < wanted {
+                let began = clock.monotonic_ns();
+                if work() {
+                    windows.push(began..clock.monotonic_ns());
+                }
             }
+            windows
         });
+        let mut times = Vec::new();
         while !over.is() {
-            let began_with = is_going.load(Ordering::Relaxed);
-            let ((), ns) = timed(&mut write);
-            if began_with || is_going.load(Ordering::Relaxed) {
-                with.push(ns);
-            } else {
-                without.push(ns);
-            }
+            let began = clock.monotonic_ns();
+            write();
+            times.push(began..clock.monotonic_ns());
         }
+        (times, worker.join().expect("the background work"))
     });
+    let (mut with, mut without) = (Vec::new(), Vec::new());
+    let mut left = windows.as_slice();
+    for time in times {
+        while left.first().is_some_and(|window| window.end <= time.start) {
+            left = &left[1..];
+        }
+        let is_beside = left.first().is_some_and(|window| window.start < time.end);
+        let times = if is_beside { &mut with } else { &mut without };
+        times.push(time.end - time.start);
+    }
     let (during, otherwise) = (permille(&with, 990), permille(&without, 990));
     eprintln!(
         "prove: p99 of {} writes with a checkpoint under way {during} ns, of {} others {otherwise} ns",
