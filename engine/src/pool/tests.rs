@@ -169,23 +169,6 @@ fn a_removal_reads_nothing_and_a_dry_run_says_what_it_frees() {
 }
 
 #[test]
-fn only_what_no_checkpoint_covers_makes_opening_write_one() {
-    let device = Memory::default();
-    make(&device, 8192);
-    let reopen = || open(&device, 8192, Arc::new(ManualClock::default()));
-    let pool = reopen();
-    let v = volume(&device, &pool, "v", LEAF);
-    v.detach();
-    now(pool.close(&device)).unwrap();
-    let pool = reopen();
-    assert_eq!(pool.stats().checkpoints, 0);
-    put(&device, &pool.attach(&path("v"), false).unwrap(), 0, 1);
-    now(pool.flush(&device)).unwrap();
-    drop(pool);
-    assert_eq!(reopen().stats().checkpoints, 1);
-}
-
-#[test]
 #[cfg_attr(miri, ignore = "needs minutes")]
 fn many_snapshots_go_in_one_command_and_each_once() {
     let device = Memory::default();

@@ -183,6 +183,7 @@ fn nothing_follows_a_change_that_was_cut() {
     drop((v, pool));
     for byte in 2..5 {
         let pool = open(&device, RingPlace::Nowhere);
+        assert_eq!(pool.stats().checkpoints, u64::from(byte == 2));
         let listed = now(pool.list(&device)).unwrap();
         assert_eq!(listed.len(), names.len(), "no snapshot is there");
         let v = pool.attach(&path("v0"), false).unwrap();
