@@ -1,9 +1,7 @@
 //! Changing a map: remap and unmap, each in two parts. *Prepare* looks at everything the change will touch and sets
 //! blocks aside, and may find something missing; *apply* then cannot fail.
 
-use super::{
-    MapPage, MapStore, child_index, empty_node, leaf_index, level_matches, runs, span_end,
-};
+use super::{MapPage, MapStore, child_index, empty_node, leaf_index, level_matches, span_end};
 use crate::error::{Error, Result};
 use crate::format::catalog::Root;
 use crate::format::map_page::{LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
@@ -66,11 +64,7 @@ impl MapStore {
     )]
     fn require_children(&self, node: &Node, space: &SpaceMap) -> Result<(), Fault> {
         match node {
-            Node::Leaf(entries) => {
-                for run in runs(&entries[..]) {
-                    space.all_referenced(run)?;
-                }
-            }
+            Node::Leaf(entries) => space.all_referenced(&entries[..])?,
             Node::Inner(children) => {
                 for child in children.iter().flatten() {
                     space.referenced(child.pba)?;
@@ -155,7 +149,7 @@ impl MapStore {
             .clone();
         if is_shared {
             match &page.node {
-                Node::Leaf(entries) => runs(&entries[..]).for_each(|run| space.retain_all(run)),
+                Node::Leaf(entries) => space.retain_all(&entries[..]),
                 Node::Inner(children) => {
                     for child in children.iter().flatten() {
                         space.retain(child.pba);

@@ -20,7 +20,7 @@ use crate::format::map_page::{INNER_ENTRIES, LEAF_ENTRIES, LEVEL_MAX, Node, span
 use crate::format::page::PagePtr;
 use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::space::{Fault, Missing, SpaceMap};
-use crate::units::{Extent, Generation, Lba, Pba, Seq};
+use crate::units::{Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -111,19 +111,6 @@ fn empty_node(level: u8) -> Node {
     } else {
         Node::Inner(Arc::new([None; INNER_ENTRIES]))
     }
-}
-
-/// What the entries of a leaf map to, in runs of blocks that lie one after the other.
-fn runs(entries: &[Pba]) -> impl Iterator<Item = Extent> {
-    let mut rest = entries;
-    std::iter::from_fn(move || {
-        let first = rest.iter().position(|entry| entry.0 != 0)?;
-        let start = rest[first];
-        let follows = |(index, entry): &(u64, &Pba)| **entry == start.plus(*index);
-        let count = (0..).zip(&rest[first..]).take_while(follows).count();
-        rest = &rest[first + count..];
-        Some(Extent::new(start, count as u64))
-    })
 }
 
 impl MapStore {

@@ -1,7 +1,7 @@
 //! Walking maps in steps, each from the root down to where the last one ended, so that no pointer is held between
 //! steps: differences between two maps, blocks that only one map has, and the return of a removed map's space.
 
-use super::{MapStore, leaf_index, level_matches, runs, span_end};
+use super::{MapStore, leaf_index, level_matches, span_end};
 use crate::error::Result;
 use crate::format::catalog::{Own, Root};
 use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
@@ -152,9 +152,7 @@ impl MapStore {
             }
             match &self.page(ptr, level)?.node {
                 Node::Leaf(leaf) => {
-                    for run in runs(&leaf[..]) {
-                        space.all_referenced(run)?;
-                    }
+                    space.all_referenced(&leaf[..])?;
                     entries = Some(Arc::clone(leaf));
                     break span_end(0, from);
                 }
@@ -173,14 +171,11 @@ impl MapStore {
             }
         };
         // From here on nothing can be missing.
-        for entry in entries
-            .iter()
-            .flat_map(|leaf| leaf.iter())
-            .filter(|entry| entry.0 != 0)
-        {
-            space.release(*entry, Some(seq));
-            released += 1;
-            passed += 1;
+        if let Some(leaf) = entries {
+            space.release_all(&leaf[..], Some(seq));
+            let mapped = leaf.iter().filter(|entry| entry.0 != 0).count() as u64;
+            released += mapped;
+            passed = mapped;
         }
         // A leaf or a shared page ends where the step does; a page above it goes with its last child.
         for (ptr, level) in path.into_iter().rev() {

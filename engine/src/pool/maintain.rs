@@ -48,7 +48,8 @@ pub(super) struct Maintenance {
     pub(super) count_from: AtomicU64,
     /// The same, until that checkpoint is durable.
     is_unsettled: AtomicBool,
-    watch: Watch,
+    requests: Watch,
+    failed_writes: Watch,
 }
 
 impl Maintenance {
@@ -63,7 +64,8 @@ impl Maintenance {
             counting: Mutex::default(),
             count_from: AtomicU64::new(0),
             is_unsettled: AtomicBool::new(false),
-            watch: Watch::default(),
+            requests: Watch::of_requests(),
+            failed_writes: Watch::of_failed_writes(),
         }
     }
 
@@ -101,14 +103,22 @@ impl Pool {
                 self.flush(device).await?;
             }
         }
-        let is_busy = work.watch.is_busy(self.requests(), now);
+        let is_busy = work.requests.has_changed(self.requests(), now);
+        let cancelled = self.ledger.look(|metadata| metadata.space.cancelled());
+        // Who gives blocks back under load gives back what is taken again at once. Where the file system below is full, it
+        // cannot be taken elsewhere.
+        let keeps_room = is_busy && !work.failed_writes.has_changed(cancelled, now);
         let mut has_more = self.reclaim(device).await;
         let worked_ns = self.ledger.clock.monotonic_ns().saturating_sub(now);
         self.evict();
         if self.wants_checkpoint(now, has_more, is_busy) {
             work.has_reclaimed.store(false, Ordering::Relaxed);
             work.checkpointed_ns.store(now, Ordering::Relaxed);
-            let ending = if is_busy { Ending::Yield } else { Ending::GoOn };
+            let ending = if keeps_room {
+                Ending::Yield
+            } else {
+                Ending::GoOn
+            };
             let checkpoints = &self.checkpoints;
             checkpoints
                 .write(&self.ledger, device, ending, |_| {})
@@ -122,8 +132,7 @@ impl Pool {
             return Ok(true);
         }
         self.recount(device).await?;
-        if !is_busy {
-            // Who gives blocks back under load gives back what is taken again at once.
+        if !keeps_room {
             has_more = self.trim(device).await;
         }
         Ok(has_more)

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A pool without a request for so long is idle.
 const QUIET_NS: u64 = 50_000_000;
+/// So long after a write failed into new blocks, the file system below is taken to lack room.
+const LACK_NS: u64 = 600_000_000_000;
 /// While somebody uses the pool, the return of space works at most one part in so many of the time.
 const SHARE: u64 = 8;
 /// The longest rest, so that the commit of each second comes in time.
@@ -36,21 +38,40 @@ pub(super) fn rest_ns(worked_ns: u64, load: Load) -> u64 {
     u64::try_from(part).unwrap_or(full)
 }
 
-/// Notices whether somebody uses the pool.
-#[derive(Debug, Default)]
+/// Notices whether a number changed lately.
+#[derive(Debug)]
 pub(super) struct Watch {
-    requests: AtomicU64,
-    quiet_from_ns: AtomicU64,
+    lately_ns: u64,
+    number: AtomicU64,
+    until_ns: AtomicU64,
 }
 
 impl Watch {
-    /// Whether there was a request lately. `requests`: how many there have been.
-    pub(super) fn is_busy(&self, requests: u64, now_ns: u64) -> bool {
-        if self.requests.swap(requests, Ordering::Relaxed) != requests {
-            let quiet_from = now_ns.saturating_add(QUIET_NS);
-            self.quiet_from_ns.store(quiet_from, Ordering::Relaxed);
+    /// Of the requests of those who use the pool: whether somebody does.
+    pub(super) fn of_requests() -> Self {
+        Self::new(QUIET_NS)
+    }
+
+    /// Of the writes into new blocks that failed: whether the file system below may lack room.
+    pub(super) fn of_failed_writes() -> Self {
+        Self::new(LACK_NS)
+    }
+
+    fn new(lately_ns: u64) -> Self {
+        Self {
+            lately_ns,
+            number: AtomicU64::new(0),
+            until_ns: AtomicU64::new(0),
         }
-        now_ns < self.quiet_from_ns.load(Ordering::Relaxed)
+    }
+
+    /// Whether `number`, which begins at 0, changed lately.
+    pub(super) fn has_changed(&self, number: u64, now_ns: u64) -> bool {
+        if self.number.swap(number, Ordering::Relaxed) != number {
+            let until = now_ns.saturating_add(self.lately_ns);
+            self.until_ns.store(until, Ordering::Relaxed);
+        }
+        now_ns < self.until_ns.load(Ordering::Relaxed)
     }
 }
 
@@ -105,13 +126,13 @@ mod tests {
 
     #[test]
     fn a_pool_is_idle_a_while_after_its_last_request() {
-        let watch = Watch::default();
-        assert!(!watch.is_busy(0, 5));
-        assert!(watch.is_busy(1, 10));
-        assert!(watch.is_busy(1, 9 + QUIET_NS));
-        assert!(!watch.is_busy(1, 10 + QUIET_NS));
-        assert!(watch.is_busy(3, 11 + QUIET_NS));
+        let watch = Watch::of_requests();
+        assert!(!watch.has_changed(0, 5));
+        assert!(watch.has_changed(1, 10));
+        assert!(watch.has_changed(1, 9 + QUIET_NS));
+        assert!(!watch.has_changed(1, 10 + QUIET_NS));
+        assert!(watch.has_changed(3, 11 + QUIET_NS));
         // Fewer: somebody who had made some is gone.
-        assert!(watch.is_busy(2, 11 + 2 * QUIET_NS));
+        assert!(watch.has_changed(2, 11 + 2 * QUIET_NS));
     }
 }

@@ -88,6 +88,8 @@ pub(crate) struct SpaceMap {
     unsettled_order: VecDeque<(Seq, Pba)>,
     /// Counts found too low on the way: damage that a check will name.
     underflows: u64,
+    /// Reservations that came to nothing.
+    cancelled: u64,
     tally: Tally,
 }
 
@@ -128,6 +130,7 @@ impl SpaceMap {
             unsettled: FxHashMap::default(),
             unsettled_order: VecDeque::new(),
             underflows: 0,
+            cancelled: 0,
             tally: Tally::default(),
         };
         space.add_regions(blocks);
@@ -249,6 +252,11 @@ impl SpaceMap {
         self.underflows
     }
 
+    /// How many reservations came to nothing: mostly because the write failed that they were for.
+    pub(crate) fn cancelled(&self) -> u64 {
+        self.cancelled
+    }
+
     /// How many owners a block has.
     pub(crate) fn count(&self, pba: Pba) -> Result<u32, Fault> {
         let (region, offset) = place(pba);
@@ -280,23 +288,19 @@ impl SpaceMap {
         }
     }
 
-    /// The same for each block of a run that something points to.
-    pub(crate) fn all_referenced(&self, run: Extent) -> Result<(), Fault> {
-        if run.end().0 > self.blocks {
-            return self.referenced(Pba(run.end().0 - 1)).map(drop);
-        }
-        let mut done = 0;
-        while done < run.count {
-            let at = run.start.plus(done);
-            let (region, offset) = place(at);
-            let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
+    /// The same for each block that a leaf maps to.
+    pub(crate) fn all_referenced(&self, entries: &[Pba]) -> Result<(), Fault> {
+        for blocks in by_region(entries) {
+            let (region, _) = place(blocks[0]);
             let index = usize::try_from(region).ok();
             let counted = index.and_then(|index| self.regions.get(index));
-            let owned = counted.map_or(0, |counted| counted.owned(offset, want)) as u64;
-            if owned == 0 {
-                self.referenced(at)?;
+            let are_within = blocks.iter().max().is_none_or(|last| last.0 < self.blocks);
+            if !are_within || !counted.is_some_and(|counted| counted.are_owned(blocks)) {
+                // One by one: some may be damaged, or their counts are not in memory, or very large.
+                for pba in blocks {
+                    self.referenced(*pba)?;
+                }
             }
-            done += owned.max(1);
         }
         Ok(())
     }
@@ -362,13 +366,11 @@ impl SpaceMap {
         found
     }
 
-    /// One more owner for each block of a run, whose counts are loaded.
-    pub(crate) fn retain_all(&mut self, run: Extent) {
-        let mut done = 0;
-        while done < run.count {
-            let (region, offset) = place(run.start.plus(done));
-            let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
-            done += self.region_mut(region).add_all(offset, want) as u64;
+    /// One more owner for each block that a leaf maps to, whose counts are loaded.
+    pub(crate) fn retain_all(&mut self, entries: &[Pba]) {
+        for blocks in by_region(entries) {
+            let (region, _) = place(blocks[0]);
+            self.region_mut(region).add_all(blocks);
         }
     }
 
@@ -383,7 +385,25 @@ impl SpaceMap {
     /// would bring the other owner back. None where nothing can be left.
     pub(crate) fn release(&mut self, pba: Pba, seq: Option<Seq>) {
         let (region, offset) = place(pba);
-        match self.region_mut(region).subtract(offset) {
+        let left = self.region_mut(region).subtract(offset);
+        self.note_release(pba, left, seq);
+    }
+
+    /// One owner less for each block that a leaf maps to, whose counts are loaded. See [`SpaceMap::release`].
+    pub(crate) fn release_all(&mut self, entries: &[Pba], seq: Option<Seq>) {
+        for blocks in by_region(entries) {
+            let (region, _) = place(blocks[0]);
+            let mut few = [Pba(0); LEAF_ENTRIES];
+            let count = self.region_mut(region).subtract_many(blocks, &mut few);
+            for pba in &few[..count] {
+                self.release(*pba, seq);
+            }
+        }
+    }
+
+    /// A block has `left` owners left, or had none.
+    fn note_release(&mut self, pba: Pba, left: Option<u32>, seq: Option<Seq>) {
+        match left {
             None => self.underflows += 1,
             Some(0) => {
                 self.tally.freed += 1;
@@ -623,4 +643,11 @@ impl Default for FrozenSpace {
 fn place(pba: Pba) -> (u64, usize) {
     let offset = (pba.0 % REGION_BLOCKS) as usize;
     (pba.0 / REGION_BLOCKS, offset)
+}
+
+/// What a leaf's entries map to, in parts that lie in one region each and that no hole interrupts.
+fn by_region(entries: &[Pba]) -> impl Iterator<Item = &[Pba]> {
+    entries
+        .split(|entry| entry.0 == 0)
+        .flat_map(|mapped| mapped.chunk_by(|one, next| place(*one).0 == place(*next).0))
 }

@@ -3,7 +3,9 @@
 use crate::error::{Error, Result};
 use crate::format::counts::{Halves, IndexEntry, REGION_LEN};
 use crate::format::layout::{self, REGION_BLOCKS, Slot};
+use crate::format::map_page::LEAF_ENTRIES;
 use crate::units::{Extent, Generation, Pba};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use triomphe::Arc;
 
@@ -366,14 +368,16 @@ impl Region {
         Some(high << 16 | u32::from(loaded.low[offset]))
     }
 
-    /// How many of the `want` blocks from `offset` on have an owner each, up to the first of which it takes a closer look.
-    pub(crate) fn owned(&self, offset: usize, want: usize) -> usize {
+    /// Whether each of `blocks` has an owner. False also where that takes a closer look.
+    pub(crate) fn are_owned(&self, blocks: &[Pba]) -> bool {
         let Some(loaded) = self.loaded.as_ref().filter(|loaded| loaded.high.is_none()) else {
-            return 0;
+            return false;
         };
         self.mark_used();
-        let low = loaded.low[offset..REGION_LEN.min(offset + want)].iter();
-        low.take_while(|count| **count > 0).count()
+        match as_run(blocks) {
+            Some(run) => is_each(&loaded.low[run], |count| count > 0),
+            None => is_each_of(&loaded.low, blocks, |count| count > 0),
+        }
     }
 
     /// How many of the `want` blocks from `offset` on have one owner each, up to the first that has not.
@@ -399,20 +403,21 @@ impl Region {
         self.loaded.as_mut().expect("the counts are loaded")
     }
 
-    /// One owner more for each of the `want` blocks from `offset` on; how many of them the region has.
-    pub(crate) fn add_all(&mut self, offset: usize, want: usize) -> usize {
-        let end = REGION_LEN.min(offset + want);
-        let low = &mut Arc::make_mut(&mut self.loaded_mut().low)[offset..end];
-        if low.iter().all(|count| (1..u16::MAX).contains(count)) {
-            for count in low {
-                *count += 1;
+    /// One owner more for each of `blocks`, which are those of a leaf at most.
+    pub(crate) fn add_all(&mut self, blocks: &[Pba]) {
+        let is_plain = |count| (1..=PLAIN_MAX).contains(&count);
+        let low = Arc::make_mut(&mut self.loaded_mut().low);
+        match as_run(blocks) {
+            Some(run) if is_each(&low[run.clone()], is_plain) => {
+                low[run].iter_mut().for_each(|count| *count += 1);
             }
-        } else {
-            for offset in offset..end {
-                self.add(offset);
+            None if is_each_of(low, blocks, is_plain) => {
+                for pba in blocks {
+                    low[offset_of(*pba)] += 1;
+                }
             }
+            _ => blocks.iter().for_each(|pba| self.add(offset_of(*pba))),
         }
-        end - offset
     }
 
     pub(crate) fn add(&mut self, offset: usize) {
@@ -433,6 +438,27 @@ impl Region {
             }
             _ => *low += 1,
         }
+    }
+
+    /// One owner less for each of `blocks` that keeps two at least. The others are left as they are and put into `few`; how
+    /// many they are.
+    pub(crate) fn subtract_many(&mut self, blocks: &[Pba], few: &mut [Pba; LEAF_ENTRIES]) -> usize {
+        let loaded = self.loaded_mut();
+        if loaded.high.is_some() {
+            few[..blocks.len()].copy_from_slice(blocks);
+            return blocks.len();
+        }
+        let low = Arc::make_mut(&mut loaded.low);
+        let mut left = 0;
+        // Without a branch, which processors would guess wrong.
+        for pba in blocks {
+            let count = &mut low[offset_of(*pba)];
+            let has_few = *count <= 2;
+            few[left] = *pba;
+            left += usize::from(has_few);
+            *count -= u16::from(!has_few);
+        }
+        left
     }
 
     /// The count after the subtraction; none if it was 0.
@@ -541,5 +567,35 @@ impl Region {
     }
 }
 
+/// A count that stays one of the low half even if all entries of a leaf name the block.
+const PLAIN_MAX: u16 = u16::MAX / 2;
+const _: () = assert!(PLAIN_MAX as usize + LEAF_ENTRIES <= u16::MAX as usize);
+
 /// The count of a block that no reservation may ever take.
 const UNUSABLE: u16 = 1;
+
+/// Where in its region a block is.
+fn offset_of(pba: Pba) -> usize {
+    (pba.0 % REGION_BLOCKS) as usize
+}
+
+/// Where `blocks`, all of one region, are in it, if they lie one after the other.
+fn as_run(blocks: &[Pba]) -> Option<Range<usize>> {
+    let first = *blocks.first()?;
+    let is_run = blocks
+        .iter()
+        .zip(first.0..)
+        .all(|(pba, next)| pba.0 == next);
+    is_run.then(|| offset_of(first)..offset_of(first) + blocks.len())
+}
+
+/// Whether it `is` so for each count. Looks at all of them, which is faster than to stop at the first that it is not so for.
+fn is_each(counts: &[u16], is: impl Fn(u16) -> bool) -> bool {
+    counts.iter().fold(true, |all, count| all & is(*count))
+}
+
+/// The same for the counts of `blocks`.
+fn is_each_of(counts: &Halves, blocks: &[Pba], is: impl Fn(u16) -> bool) -> bool {
+    let counts = blocks.iter().map(|pba| counts[offset_of(*pba)]);
+    counts.fold(true, |all, count| all & is(count))
+}

@@ -112,6 +112,7 @@ impl SpaceMap {
 
     /// Gives a reservation back.
     pub(crate) fn cancel(&mut self, extent: Extent) {
+        self.cancelled += 1;
         self.set_free(extent, true);
     }
 

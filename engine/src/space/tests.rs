@@ -4,6 +4,7 @@ use super::{Fault, SpaceMap, place};
 use crate::error::ErrorKind;
 use crate::format::counts::{Index, REGION_LEN};
 use crate::format::layout::{self, INDEX_ENTRIES, INDEX_LEVELS, REGION_BLOCKS};
+use crate::format::map_page::LEAF_ENTRIES;
 use crate::units::{Extent, Generation, Pba, Seq};
 use fastrand::Rng;
 use std::collections::BTreeMap;
@@ -42,6 +43,10 @@ struct Pair {
     seq: u64,
     generation: u64,
     rng: Rng,
+}
+
+fn pba_index(pba: u64) -> usize {
+    usize::try_from(pba).unwrap()
 }
 
 fn fixed(blocks: u64, journal: Extent) -> Vec<Block> {
@@ -242,6 +247,52 @@ impl Pair {
         }
     }
 
+    /// A leaf with holes and runs of blocks that somebody owns gets one owner more, or has one less.
+    fn retain_or_release_leaf(&mut self) {
+        let mut leaf = [Pba(0); LEAF_ENTRIES];
+        let mut slot = 0;
+        while slot < LEAF_ENTRIES {
+            let Some(first) = self.owned() else { return };
+            let run = (first.0..).take_while(|pba| {
+                self.blocks
+                    .get(pba_index(*pba))
+                    .is_some_and(|block| block.count > 0)
+            });
+            let want = self.rng.usize(1..64);
+            for (entry, pba) in leaf[slot..].iter_mut().zip(run.take(want)) {
+                *entry = Pba(pba);
+                slot += 1;
+            }
+            slot += self.rng.usize(..4);
+        }
+        self.space.all_referenced(&leaf).unwrap();
+        if self.rng.bool() {
+            for pba in leaf.iter().filter(|pba| pba.0 > 0) {
+                self.at(*pba).count += 1;
+            }
+            self.space.retain_all(&leaf);
+            return;
+        }
+        self.seq += 1;
+        for entry in leaf.iter_mut().filter(|entry| entry.0 > 0) {
+            let pba = *entry;
+            match self.at(pba).count {
+                // It stands in the leaf more often than it has owners.
+                0 => {
+                    *entry = Pba(0);
+                    continue;
+                }
+                1 => self.at(pba).is_pending = true,
+                2 => {
+                    self.unsettled.insert(pba.0, self.seq);
+                }
+                _ => {}
+            }
+            self.at(pba).count -= 1;
+        }
+        self.space.release_all(&leaf, Some(Seq(self.seq)));
+    }
+
     fn settle(&mut self) {
         let durable = self.rng.u64(..=self.seq);
         self.space.settle(Seq(durable));
@@ -372,13 +423,14 @@ fn space_equals_a_list_of_its_blocks() {
         let mut pair = Pair::new(seed, blocks);
         pair.space.keep_back(pair.rng.u64(..3) * 10);
         for step in 0..250 {
-            match pair.rng.u8(..14) {
+            match pair.rng.u8(..15) {
                 0..4 => pair.reserve(),
                 4..7 => pair.publish_or_cancel(),
                 7..9 => pair.retain_and_release(),
                 9 => pair.settle(),
                 10 => pair.take_metadata(),
                 11..13 => pair.trim(),
+                13 => pair.retain_or_release_leaf(),
                 _ => pair.reuse(),
             }
             if step % 25 == 0 {
@@ -470,6 +522,53 @@ fn a_count_passes_65535_and_comes_back() {
     assert_eq!(pair.space.take_pending(), [Extent::new(pba, 1)]);
     pair.space.release(pba, None);
     assert_eq!(pair.space.underflows(), 1);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
+fn a_leaf_may_name_one_block_everywhere() {
+    let mut space = loaded(4096, Extent::new(Pba(8), 256));
+    let pba = space.reserve(Pba(2000), 1).unwrap().start;
+    space.publish(pba);
+    let leaf = [pba; LEAF_ENTRIES];
+    let counts: Vec<u32> = (0..200).map(|leaves| 1 + leaves * 512).collect();
+    for count in &counts {
+        assert_eq!(space.count(pba).unwrap(), *count);
+        space.all_referenced(&leaf).unwrap();
+        space.retain_all(&leaf);
+    }
+    for count in counts.iter().rev() {
+        space.release_all(&leaf, None);
+        assert_eq!(space.count(pba).unwrap(), *count);
+    }
+    space.release_all(&leaf, None);
+    assert_eq!(space.underflows(), 511);
+    assert_eq!(space.take_pending(), [Extent::new(pba, 1)]);
+}
+
+#[test]
+fn a_leaf_that_names_a_free_block_is_damage() {
+    let mut space = loaded(4096, Extent::new(Pba(8), 256));
+    let run = space.reserve(Pba(2000), 8).unwrap();
+    run.blocks().for_each(|pba| space.publish(pba));
+    let end = run.end();
+    for leaf in [
+        vec![run.start, end],
+        vec![end, run.start],
+        vec![run.start, Pba(0), Pba(4096)],
+        vec![Pba(1 << 40)],
+    ] {
+        let Err(Fault::Error(error)) = space.all_referenced(&leaf) else {
+            panic!("{leaf:?} is damage");
+        };
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+    }
+    space
+        .all_referenced(&run.blocks().collect::<Vec<_>>())
+        .unwrap();
+    space
+        .all_referenced(&[run.start, Pba(0), run.start.plus(2)])
+        .unwrap();
 }
 
 #[test]
