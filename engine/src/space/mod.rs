@@ -25,6 +25,7 @@ use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 
 /// What an operation lacks in memory; the caller reads it from the device and tries again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,19 +291,39 @@ impl SpaceMap {
 
     /// The same for each block that a leaf maps to.
     pub(crate) fn all_referenced(&self, entries: &[Pba]) -> Result<(), Fault> {
-        for blocks in by_region(entries) {
-            let (region, _) = place(blocks[0]);
-            let index = usize::try_from(region).ok();
-            let counted = index.and_then(|index| self.regions.get(index));
-            let are_within = blocks.iter().max().is_none_or(|last| last.0 < self.blocks);
-            if !are_within || !counted.is_some_and(|counted| counted.are_owned(blocks)) {
-                // One by one: some may be damaged, or their counts are not in memory, or very large.
-                for pba in blocks {
-                    self.referenced(*pba)?;
+        let mut are_owned = entries.iter().max().is_none_or(|last| last.0 < self.blocks);
+        for group in entries.chunks(GROUP) {
+            are_owned &= match as_run(group) {
+                Some((region, offsets)) => {
+                    let counted = self.region(region);
+                    counted.is_some_and(|counted| counted.are_owned(offsets))
                 }
-            }
+                // All of them, so that processors have nothing to guess.
+                None => group
+                    .iter()
+                    .fold(true, |all, pba| all & self.is_owned(*pba)),
+            };
         }
-        Ok(())
+        if are_owned {
+            return Ok(());
+        }
+        // One by one: some may be damaged, or their counts are not in memory, or very large.
+        let mapped = entries.iter().filter(|pba| pba.0 > 0);
+        mapped
+            .map(|pba| self.referenced(*pba))
+            .try_for_each(|found| found.map(drop))
+    }
+
+    /// Whether a block is none or has an owner. False also where that takes a closer look.
+    fn is_owned(&self, pba: Pba) -> bool {
+        let (region, offset) = place(pba);
+        let counted = self.region(region);
+        pba.0 == 0 || counted.is_some_and(|counted| counted.are_owned(offset..offset + 1))
+    }
+
+    fn region(&self, region: u64) -> Option<&Region> {
+        let index = usize::try_from(region).ok();
+        index.and_then(|index| self.regions.get(index))
     }
 
     /// Whether a block's only owner would still be its only one after a power cut now.
@@ -368,9 +389,13 @@ impl SpaceMap {
 
     /// One more owner for each block that a leaf maps to, whose counts are loaded.
     pub(crate) fn retain_all(&mut self, entries: &[Pba]) {
-        for blocks in by_region(entries) {
-            let (region, _) = place(blocks[0]);
-            self.region_mut(region).add_all(blocks);
+        for group in entries.chunks(GROUP) {
+            if let Some((region, offsets)) = as_run(group) {
+                self.region_mut(region).add_all(offsets);
+            } else {
+                let mapped = group.iter().filter(|pba| pba.0 > 0);
+                mapped.for_each(|pba| self.retain(*pba));
+            }
         }
     }
 
@@ -385,25 +410,7 @@ impl SpaceMap {
     /// would bring the other owner back. None where nothing can be left.
     pub(crate) fn release(&mut self, pba: Pba, seq: Option<Seq>) {
         let (region, offset) = place(pba);
-        let left = self.region_mut(region).subtract(offset);
-        self.note_release(pba, left, seq);
-    }
-
-    /// One owner less for each block that a leaf maps to, whose counts are loaded. See [`SpaceMap::release`].
-    pub(crate) fn release_all(&mut self, entries: &[Pba], seq: Option<Seq>) {
-        for blocks in by_region(entries) {
-            let (region, _) = place(blocks[0]);
-            let mut few = [Pba(0); LEAF_ENTRIES];
-            let count = self.region_mut(region).subtract_many(blocks, &mut few);
-            for pba in &few[..count] {
-                self.release(*pba, seq);
-            }
-        }
-    }
-
-    /// A block has `left` owners left, or had none.
-    fn note_release(&mut self, pba: Pba, left: Option<u32>, seq: Option<Seq>) {
-        match left {
+        match self.region_mut(region).subtract(offset) {
             None => self.underflows += 1,
             Some(0) => {
                 self.tally.freed += 1;
@@ -421,6 +428,18 @@ impl SpaceMap {
                 }
             }
             Some(_) => {}
+        }
+    }
+
+    /// One owner less for each block that a leaf maps to, whose counts are loaded. See [`SpaceMap::release`].
+    pub(crate) fn release_all(&mut self, entries: &[Pba], seq: Option<Seq>) {
+        for group in entries.chunks(GROUP) {
+            let is_done = as_run(group)
+                .is_some_and(|(region, offsets)| self.region_mut(region).subtract_all(offsets));
+            if !is_done {
+                let mapped = group.iter().filter(|pba| pba.0 > 0);
+                mapped.for_each(|pba| self.release(*pba, seq));
+            }
         }
     }
 
@@ -645,9 +664,17 @@ fn place(pba: Pba) -> (u64, usize) {
     (pba.0 / REGION_BLOCKS, offset)
 }
 
-/// What a leaf's entries map to, in parts that lie in one region each and that no hole interrupts.
-fn by_region(entries: &[Pba]) -> impl Iterator<Item = &[Pba]> {
-    entries
-        .split(|entry| entry.0 == 0)
-        .flat_map(|mapped| mapped.chunk_by(|one, next| place(*one).0 == place(*next).0))
+/// Blocks of a leaf are counted in groups of so many, which often lie one after the other.
+const GROUP: usize = 8;
+
+/// The region that all blocks of a group are in, and where, if they lie one after the other.
+fn as_run(group: &[Pba]) -> Option<(u64, Range<usize>)> {
+    let first = *group.first().filter(|first| first.0 > 0)?;
+    let is_run = group
+        .iter()
+        .zip(first.0..)
+        .fold(true, |all, (pba, next)| all & pba.0.eq(&next));
+    let (region, offset) = place(first);
+    let end = offset + group.len();
+    (is_run && end as u64 <= REGION_BLOCKS).then_some((region, offset..end))
 }

@@ -3,7 +3,6 @@
 use crate::error::{Error, Result};
 use crate::format::counts::{Halves, IndexEntry, REGION_LEN};
 use crate::format::layout::{self, REGION_BLOCKS, Slot};
-use crate::format::map_page::LEAF_ENTRIES;
 use crate::units::{Extent, Generation, Pba};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -368,16 +367,14 @@ impl Region {
         Some(high << 16 | u32::from(loaded.low[offset]))
     }
 
-    /// Whether each of `blocks` has an owner. False also where that takes a closer look.
-    pub(crate) fn are_owned(&self, blocks: &[Pba]) -> bool {
-        let Some(loaded) = self.loaded.as_ref().filter(|loaded| loaded.high.is_none()) else {
+    /// Whether each block at `offsets` has an owner. False also where that takes a closer look.
+    pub(crate) fn are_owned(&self, offsets: Range<usize>) -> bool {
+        let loaded = self.loaded.as_ref();
+        let Some(loaded) = loaded.filter(|loaded| loaded.high.is_none()) else {
             return false;
         };
         self.mark_used();
-        match as_run(blocks) {
-            Some(run) => is_each(&loaded.low[run], |count| count > 0),
-            None => is_each_of(&loaded.low, blocks, |count| count > 0),
-        }
+        is_each(&loaded.low[offsets], |count| count > 0)
     }
 
     /// How many of the `want` blocks from `offset` on have one owner each, up to the first that has not.
@@ -403,20 +400,15 @@ impl Region {
         self.loaded.as_mut().expect("the counts are loaded")
     }
 
-    /// One owner more for each of `blocks`, which are those of a leaf at most.
-    pub(crate) fn add_all(&mut self, blocks: &[Pba]) {
-        let is_plain = |count| (1..=PLAIN_MAX).contains(&count);
-        let low = Arc::make_mut(&mut self.loaded_mut().low);
-        match as_run(blocks) {
-            Some(run) if is_each(&low[run.clone()], is_plain) => {
-                low[run].iter_mut().for_each(|count| *count += 1);
+    /// One owner more for each block at `offsets`.
+    pub(crate) fn add_all(&mut self, offsets: Range<usize>) {
+        let low = &mut Arc::make_mut(&mut self.loaded_mut().low)[offsets.clone()];
+        if is_each(low, |count| (1..u16::MAX).contains(&count)) {
+            for count in low {
+                *count += 1;
             }
-            None if is_each_of(low, blocks, is_plain) => {
-                for pba in blocks {
-                    low[offset_of(*pba)] += 1;
-                }
-            }
-            _ => blocks.iter().for_each(|pba| self.add(offset_of(*pba))),
+        } else {
+            offsets.for_each(|offset| self.add(offset));
         }
     }
 
@@ -440,47 +432,33 @@ impl Region {
         }
     }
 
-    /// One owner less for each of `blocks` that keeps two at least. The others are left as they are and put into `few`; how
-    /// many they are.
-    pub(crate) fn subtract_many(&mut self, blocks: &[Pba], few: &mut [Pba; LEAF_ENTRIES]) -> usize {
-        let loaded = self.loaded_mut();
-        if loaded.high.is_some() {
-            few[..blocks.len()].copy_from_slice(blocks);
-            return blocks.len();
+    /// One owner less for each block at `offsets`, if each keeps two at least; whether it was so.
+    pub(crate) fn subtract_all(&mut self, offsets: Range<usize>) -> bool {
+        let low = &mut Arc::make_mut(&mut self.loaded_mut().low)[offsets];
+        let keep_two = is_each(low, |count| count > 2);
+        if keep_two {
+            for count in low {
+                *count -= 1;
+            }
         }
-        let low = Arc::make_mut(&mut loaded.low);
-        let mut left = 0;
-        // Without a branch, which processors would guess wrong.
-        for pba in blocks {
-            let count = &mut low[offset_of(*pba)];
-            let has_few = *count <= 2;
-            few[left] = *pba;
-            left += usize::from(has_few);
-            *count -= u16::from(!has_few);
-        }
-        left
+        keep_two
     }
 
     /// The count after the subtraction; none if it was 0.
     pub(crate) fn subtract(&mut self, offset: usize) -> Option<u32> {
         let loaded = self.loaded_mut();
         let high = loaded.high.as_ref().map_or(0, |high| high[offset]);
-        match (loaded.low[offset], high) {
-            (0, 0) => return None,
-            (0, _) => {
-                Arc::make_mut(&mut loaded.low)[offset] = u16::MAX;
-                if let Some(high) = &mut loaded.high {
-                    Arc::make_mut(high)[offset] -= 1;
-                }
-            }
-            (low, _) => {
-                Arc::make_mut(&mut loaded.low)[offset] = low - 1;
-                if low == 1 && high == 0 {
-                    self.free += 1;
-                }
-            }
+        let left = (u32::from(high) << 16 | u32::from(loaded.low[offset])).checked_sub(1)?;
+        Arc::make_mut(&mut loaded.low)[offset] = (left & 0xffff) as u16;
+        if left & 0xffff == 0xffff
+            && let Some(high) = &mut loaded.high
+        {
+            Arc::make_mut(high)[offset] -= 1;
         }
-        self.count(offset)
+        if left == 0 {
+            self.free += 1;
+        }
+        Some(left)
     }
 
     /// Takes one free block; false if it is taken.
@@ -567,35 +545,10 @@ impl Region {
     }
 }
 
-/// A count that stays one of the low half even if all entries of a leaf name the block.
-const PLAIN_MAX: u16 = u16::MAX / 2;
-const _: () = assert!(PLAIN_MAX as usize + LEAF_ENTRIES <= u16::MAX as usize);
-
 /// The count of a block that no reservation may ever take.
 const UNUSABLE: u16 = 1;
-
-/// Where in its region a block is.
-fn offset_of(pba: Pba) -> usize {
-    (pba.0 % REGION_BLOCKS) as usize
-}
-
-/// Where `blocks`, all of one region, are in it, if they lie one after the other.
-fn as_run(blocks: &[Pba]) -> Option<Range<usize>> {
-    let first = *blocks.first()?;
-    let is_run = blocks
-        .iter()
-        .zip(first.0..)
-        .all(|(pba, next)| pba.0 == next);
-    is_run.then(|| offset_of(first)..offset_of(first) + blocks.len())
-}
 
 /// Whether it `is` so for each count. Looks at all of them, which is faster than to stop at the first that it is not so for.
 fn is_each(counts: &[u16], is: impl Fn(u16) -> bool) -> bool {
     counts.iter().fold(true, |all, count| all & is(*count))
-}
-
-/// The same for the counts of `blocks`.
-fn is_each_of(counts: &Halves, blocks: &[Pba], is: impl Fn(u16) -> bool) -> bool {
-    let counts = blocks.iter().map(|pba| counts[offset_of(*pba)]);
-    counts.fold(true, |all, count| all & is(count))
 }

@@ -548,14 +548,15 @@ fn a_leaf_may_name_one_block_everywhere() {
 
 #[test]
 fn a_leaf_that_names_a_free_block_is_damage() {
-    let mut space = loaded(4096, Extent::new(Pba(8), 256));
+    // The last region ends within.
+    let mut space = loaded(5000, Extent::new(Pba(8), 256));
     let run = space.reserve(Pba(2000), 8).unwrap();
     run.blocks().for_each(|pba| space.publish(pba));
     let end = run.end();
     for leaf in [
         vec![run.start, end],
         vec![end, run.start],
-        vec![run.start, Pba(0), Pba(4096)],
+        vec![run.start, Pba(0), Pba(5000)],
         vec![Pba(1 << 40)],
     ] {
         let Err(Fault::Error(error)) = space.all_referenced(&leaf) else {
