@@ -14,6 +14,7 @@ use crate::space::{Fault, FrozenSpace};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
 use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, Pba, PoolId, Seq};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Pages are written in runs of at most this many.
 const RUN_BLOCKS: usize = 64;
@@ -21,7 +22,10 @@ const RUN_BLOCKS: usize = 64;
 const DISCARD_BLOCKS_MIN: u64 = 16;
 
 /// So many freed blocks are made free under one hold of the lock.
-const FREED_BLOCKS_MAX: u64 = 1024;
+const FREED_BLOCKS_MAX: u64 = 512;
+/// What a checkpoint rests between two such holds while somebody uses the pool: else whoever waits for the lock would have
+/// it after the last of them.
+const REST: Duration = Duration::from_micros(100);
 
 /// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
 const BALLAST_BLOCKS_MAX: u64 = 4096;
@@ -68,8 +72,11 @@ pub(crate) enum Ending {
     /// The pool goes on.
     GoOn,
     /// The same, and somebody uses it: freed blocks are not given back to the device below. A discard holds up every write
-    /// of a file system for some milliseconds, and what is freed under load is soon taken again.
+    /// of a file system for some milliseconds, and what is freed under load is soon taken again. The checkpoint rests
+    /// between its parts.
     Yield,
+    /// The same, and somebody waits for the freed blocks: it does not rest.
+    Hasten,
     /// Nothing: the pool is closed.
     Close,
 }
@@ -171,7 +178,7 @@ impl Checkpoints {
         if current.superblock.generation > seen {
             return Ok(());
         }
-        self.write_next(current, ledger, device, Ending::Yield, |_| {})
+        self.write_next(current, ledger, device, Ending::Hasten, |_| {})
             .await
     }
 
@@ -185,7 +192,7 @@ impl Checkpoints {
     ) -> Result<()> {
         let started = ledger.clock.monotonic_ns();
         if current.unfinished.is_some() {
-            self.finish(&mut current, ledger, device, Ending::Yield, |_| {})
+            self.finish(&mut current, ledger, device, Ending::Hasten, |_| {})
                 .await?;
         }
         let closing = ledger.gate.closing().await;
@@ -413,17 +420,19 @@ struct Freed {
 /// Lets blocks be handed out again that were pending at the freeze. Until then nobody takes them, so that no discard hits
 /// what somebody wrote.
 async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], ending: Ending) {
-    let freed = if ending == Ending::Yield {
-        Freed {
+    let freed = match ending {
+        Ending::Yield | Ending::Hasten => Freed {
             given_back: Vec::new(),
             kept: pending.to_vec(),
-        }
-    } else {
-        discard(device, pending).await
+        },
+        Ending::GoOn | Ending::Close => discard(device, pending).await,
     };
     for (runs, is_stale) in [(&freed.kept, true), (&freed.given_back, false)] {
         for some in pieces(runs) {
             ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
+            if ending == Ending::Yield {
+                device.pause(REST).await;
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ const QUIET_NS: u64 = 50_000_000;
 /// So long after a write failed into new blocks, the file system below is taken to lack room.
 const LACK_NS: u64 = 600_000_000_000;
 /// While somebody uses the pool, the return of space works at most one part in so many of the time.
-const SHARE: u64 = 8;
+const SHARE: u64 = 64;
 /// The longest rest, so that the commit of each second comes in time.
 const REST_NS_MAX: u64 = 100_000_000;
 
