@@ -23,9 +23,11 @@ const DISCARD_BLOCKS_MIN: u64 = 16;
 
 /// So many freed blocks are made free under one hold of the lock.
 const FREED_BLOCKS_MAX: u64 = 512;
-/// What a checkpoint rests between two such holds while somebody uses the pool: else whoever waits for the lock would have
-/// it after the last of them.
+/// What a checkpoint rests while somebody uses the pool: between two such holds, or whoever waits for the lock would have
+/// it after the last of them; and between two runs of pages, which the device below serves in turn with what others write.
 const REST: Duration = Duration::from_micros(100);
+/// It rests at most about so often between runs of pages: the journal's other half must suffice until it is done.
+const PAGE_RESTS_MAX: usize = 4096;
 
 /// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
 const BALLAST_BLOCKS_MAX: u64 = 4096;
@@ -248,11 +250,11 @@ impl Checkpoints {
             return Ok(());
         };
         let frozen = &unfinished.frozen;
-        let mut written = write_pages(device, ledger.pool, frozen).await;
+        let mut written = write_pages(device, ledger.pool, frozen, ending).await;
         if lacks_room(&written) {
             device.release_ballast();
             current.has_ballast = false;
-            written = write_pages(device, ledger.pool, frozen).await;
+            written = write_pages(device, ledger.pool, frozen, ending).await;
         }
         self.lacks_room
             .store(lacks_room(&written), Ordering::Relaxed);
@@ -340,7 +342,12 @@ enum Page<'a> {
     Index(&'a crate::format::counts::Index, u8),
 }
 
-async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Result<()> {
+async fn write_pages<D: Device>(
+    device: &D,
+    pool: PoolId,
+    frozen: &Frozen,
+    ending: Ending,
+) -> Result<()> {
     let generation = frozen.generation;
     let mut pages: Vec<(Pba, Page<'_>)> = Vec::new();
     pages.extend(
@@ -371,6 +378,8 @@ async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Re
     pages.sort_unstable_by_key(|(pba, _)| *pba);
 
     let mut buffer = BlockBuf::zeroed(RUN_BLOCKS);
+    let runs_per_rest = 1 + pages.len() / PAGE_RESTS_MAX;
+    let mut runs = 0_usize;
     let mut rest = pages.as_slice();
     while let Some((first, _)) = rest.first() {
         let length = rest
@@ -387,6 +396,10 @@ async fn write_pages<D: Device>(device: &D, pool: PoolId, frozen: &Frozen) -> Re
             .write(first.offset(), &buffer[..length * BLOCK_LEN])
             .await?;
         rest = later;
+        runs += 1;
+        if ending == Ending::Yield && runs.is_multiple_of(runs_per_rest) {
+            device.pause(REST).await;
+        }
     }
     Ok(())
 }

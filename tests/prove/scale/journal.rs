@@ -139,6 +139,7 @@ fn checkpoints(setting: &Setting, card: &mut Card) {
     let wanted = setting.pick(8, 30);
     let mut rng = Rng::with_seed(setting.seed);
     let place = Place::new(&setting.folder, "checkpoints", 2 * blocks);
+    place.allocate();
     let bench = Bench::create(place.device(), 2 * blocks);
     // Every write changes the map.
     let volume = bench.volume("v", blocks, Redirect::Always);
@@ -176,7 +177,10 @@ fn checkpoints(setting: &Setting, card: &mut Card) {
                 return false;
             }
             flush();
-            (0..RUNS).for_each(|_| write(other.u64(first..last), &block));
+            for _ in 0..RUNS {
+                write(other.u64(first..last), &block);
+                thread::sleep(PAGE_REST);
+            }
             flush();
             for copy in [first, last] {
                 write(copy, &block);
@@ -198,8 +202,9 @@ fn checkpoints(setting: &Setting, card: &mut Card) {
 
 /// How long the background thread rests where there is nothing to do.
 const REST: Duration = Duration::from_millis(10);
-/// Runs of pages that a checkpoint of such a pool writes.
+/// Runs of pages that a checkpoint of such a pool writes, and how long it rests after each.
 const RUNS: usize = 150;
+const PAGE_REST: Duration = Duration::from_micros(100);
 
 /// The p99 of `write` while `work` did what it then says it did, as a multiple of what it is otherwise; until it did that
 /// so many times.

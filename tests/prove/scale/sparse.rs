@@ -1,8 +1,9 @@
 //! A pool in a sparse file, and that file without the data.
 
-use blockfork::device::{Access, Device, FileDevice, PoolFile};
+use blockfork::device::{Access, BlockBuf, Device, FileDevice, PoolFile};
 use blockfork::error::Result;
 use blockfork::units::BLOCK_BYTES;
+use futures_lite::future::block_on;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,21 @@ impl Place {
     /// The file, for one who reads and writes all of it.
     pub(super) fn device(&self) -> FileDevice {
         open(&self.folder)
+    }
+
+    /// Writes all of the file, so that its file system has nothing left to allocate.
+    pub(super) fn allocate(&self) {
+        let device = self.device();
+        let piece = BlockBuf::zeroed(256);
+        let bytes = std::fs::metadata(self.file())
+            .expect("the pool's file")
+            .len();
+        for offset in (0..bytes).step_by(piece.len()) {
+            let rest = usize::try_from(bytes - offset).unwrap_or(usize::MAX);
+            let part = &piece[..piece.len().min(rest)];
+            block_on(device.write(offset, part)).expect("a write of the device");
+        }
+        block_on(device.flush()).expect("a flush of the device");
     }
 
     /// Bytes that the file takes of its file system.
