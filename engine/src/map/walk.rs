@@ -1,7 +1,7 @@
 //! Walking maps in steps, each from the root down to where the last one ended, so that no pointer is held between
 //! steps: differences between two maps, blocks that only one map has, and the return of a removed map's space.
 
-use super::{MapStore, leaf_index, level_matches, span_end};
+use super::{MapStore, child_index, leaf_index, level_matches, span_end};
 use crate::error::Result;
 use crate::format::catalog::{Own, Root};
 use crate::format::map_page::{LEAF_ENTRIES, Node, span_blocks};
@@ -84,7 +84,7 @@ impl MapStore {
     }
 
     /// The blocks at and after `from` that only this map owns, of one leaf or of nothing up to the returned place. An
-    /// inner page is counted with the first leaf below it.
+    /// inner page is counted with the first place below it.
     pub(crate) fn own(&self, space: &SpaceMap, root: Root, from: Lba) -> Result<(Lba, Own), Fault> {
         level_matches(root.level)?;
         let mut level = root.level;
@@ -108,10 +108,30 @@ impl MapStore {
                     }
                     return Ok((span_end(0, from), own));
                 }
-                Node::Inner(children) => next = children[super::child_index(level, from)],
+                Node::Inner(children) => {
+                    let rest = &children[child_index(level, from)..];
+                    let passed = Self::shared_before(rest, space)?;
+                    if passed > 0 {
+                        let span = span_blocks(level - 1);
+                        return Ok((Lba((from.0 / span + passed) * span), own));
+                    }
+                    next = rest[0];
+                }
             }
             level -= 1;
         }
+    }
+
+    /// How many of `children`, from the first on, are missing or others' too.
+    fn shared_before(children: &[Option<PagePtr>], space: &SpaceMap) -> Result<u64, Fault> {
+        let mut passed = 0;
+        for child in children {
+            match child {
+                Some(ptr) if space.referenced(ptr.pba)? == 1 => break,
+                _ => passed += 1,
+            }
+        }
+        Ok(passed)
     }
 
     /// Returns the space of a removed map at `from`: a leaf's blocks, or one reference to a page that others own too.
@@ -157,7 +177,7 @@ impl MapStore {
                     break span_end(0, from);
                 }
                 Node::Inner(children) => {
-                    let rest = &children[super::child_index(level, from)..];
+                    let rest = &children[child_index(level, from)..];
                     match rest.iter().position(Option::is_some) {
                         Some(0) => path.push((rest[0].unwrap_or(ptr), level - 1)),
                         position => {

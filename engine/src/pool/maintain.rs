@@ -23,8 +23,8 @@ const COMMIT_NS: u64 = 1_000_000_000;
 const CHECKPOINT_NS: u64 = 30_000_000_000;
 /// How often a checkpoint is tried that waits for room of the file system below: each try writes all that there is room for.
 const ROOM_NS: u64 = 1_000_000_000;
-/// References that one call of [`Pool::maintain`] drops, before it rests.
-const RECLAIM_REFERENCES: u64 = 2048;
+/// References that one call of [`Pool::maintain`] drops, before it rests: those of a leaf.
+const RECLAIM_REFERENCES: u64 = 512;
 /// A step that drops fewer counts as so many: it walks all the same.
 const STEP_REFERENCES_MIN: u64 = 32;
 /// Runs that one call of [`Pool::maintain`] gives back to the device below.

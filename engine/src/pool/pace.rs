@@ -7,7 +7,7 @@ const QUIET_NS: u64 = 50_000_000;
 /// So long after a write failed into new blocks, the file system below is taken to lack room.
 const LACK_NS: u64 = 600_000_000_000;
 /// While somebody uses the pool, the return of space works at most one part in so many of the time.
-const SHARE: u64 = 64;
+const SHARE: u64 = 200;
 /// The longest rest, so that the commit of each second comes in time.
 const REST_NS_MAX: u64 = 100_000_000;
 
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn the_return_of_space_takes_a_small_part_of_the_time_while_somebody_works() {
-        assert_eq!(rest_ns(100_000, BUSY), 6_300_000);
+        assert_eq!(rest_ns(100_000, BUSY), 19_900_000);
         assert_eq!(rest_ns(0, BUSY), 0);
         // However long a step took, the next is not far.
         assert_eq!(rest_ns(u64::MAX, BUSY), REST_NS_MAX);
@@ -105,8 +105,8 @@ mod tests {
     #[test]
     fn the_rest_becomes_shorter_as_space_runs_low() {
         let rest = |free| rest_ns(100_000, Load { free, ..BUSY });
-        assert_eq!(rest(200), 6_300_000);
-        assert_eq!(rest(150), 3_150_000);
+        assert_eq!(rest(200), 19_900_000);
+        assert_eq!(rest(150), 9_950_000);
         assert_eq!(rest(100), 0);
         assert_eq!(rest(99), 0);
         assert_eq!(rest(0), 0);
@@ -121,7 +121,7 @@ mod tests {
             free: 5,
             blocks: 9,
         };
-        assert_eq!(rest_ns(100_000, small), 6_300_000);
+        assert_eq!(rest_ns(100_000, small), 19_900_000);
     }
 
     #[test]
