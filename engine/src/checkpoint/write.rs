@@ -77,7 +77,7 @@ pub(crate) enum Ending {
     /// of a file system for some milliseconds, and what is freed under load is soon taken again. The checkpoint rests
     /// between its parts.
     Yield,
-    /// The same, and somebody waits for the freed blocks: it does not rest.
+    /// The same, and somebody may wait for the freed blocks: it does not rest.
     Hasten,
     /// Nothing: the pool is closed.
     Close,

@@ -114,10 +114,10 @@ impl Pool {
         if self.wants_checkpoint(now, has_more, is_busy) {
             work.has_reclaimed.store(false, Ordering::Relaxed);
             work.checkpointed_ns.store(now, Ordering::Relaxed);
-            let ending = if keeps_room {
-                Ending::Yield
-            } else {
-                Ending::GoOn
+            let ending = match keeps_room {
+                false => Ending::GoOn,
+                true if self.load(is_busy).is_low() => Ending::Hasten,
+                true => Ending::Yield,
             };
             let checkpoints = &self.checkpoints;
             checkpoints
@@ -150,13 +150,16 @@ impl Pool {
         attached.values().map(|volume| volume.requests()).sum()
     }
 
-    async fn rest<D: Device>(&self, device: &D, worked_ns: u64, is_busy: bool) {
-        let load = self.ledger.look(|metadata| Load {
+    fn load(&self, is_busy: bool) -> Load {
+        self.ledger.look(|metadata| Load {
             is_busy,
             free: metadata.space.free_for_data(),
             blocks: metadata.space.blocks(),
-        });
-        let rest_ns = rest_ns(worked_ns, load);
+        })
+    }
+
+    async fn rest<D: Device>(&self, device: &D, worked_ns: u64, is_busy: bool) {
+        let rest_ns = rest_ns(worked_ns, self.load(is_busy));
         if rest_ns > 0 {
             device.pause(Duration::from_nanos(rest_ns)).await;
         }

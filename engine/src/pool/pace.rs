@@ -22,11 +22,22 @@ pub(super) struct Load {
     pub(super) blocks: u64,
 }
 
+impl Load {
+    fn low(self) -> u64 {
+        self.blocks / 10
+    }
+
+    /// Less than a tenth of the pool is free: somebody may wait for space.
+    pub(super) fn is_low(self) -> bool {
+        self.free < self.low()
+    }
+}
+
 /// How long the return of space rests after it worked for `worked_ns`: so long that it works one part of [`SHARE`] while
 /// a fifth of the pool is free, less as space runs low, and not at all below a tenth.
 pub(super) fn rest_ns(worked_ns: u64, load: Load) -> u64 {
-    let low = load.blocks / 10;
-    if !load.is_busy || load.free < low {
+    let low = load.low();
+    if !load.is_busy || load.is_low() {
         return 0;
     }
     let full = worked_ns.saturating_mul(SHARE - 1).min(REST_NS_MAX);

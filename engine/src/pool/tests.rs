@@ -298,6 +298,46 @@ fn scattered_blocks_are_given_back_when_nobody_works() {
     while now(pool.maintain(&device)).unwrap() {}
 }
 
+#[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
+fn a_checkpoint_rests_while_somebody_works_unless_space_is_low() {
+    // Somebody works, space is low; it rests, it gives freed blocks back.
+    for (is_busy, is_low, rests, gives_back) in [
+        (false, false, false, true),
+        (false, true, false, true),
+        (true, false, true, false),
+        (true, true, false, false),
+    ] {
+        let clock = Arc::new(ManualClock::default());
+        let device = Memory::default();
+        make(&device, 16384);
+        let pool = open(&device, 16384, Arc::clone(&clock) as Arc<dyn Clock>);
+        let v = volume(&device, &pool, "v", 16384);
+        put(&device, &v, 0, 64);
+        let low = pool.status().size_bytes / 10;
+        for lba in (64..16384).step_by(64) {
+            if !is_low || pool.status().free_bytes < low {
+                break;
+            }
+            put(&device, &v, lba, 64);
+        }
+        now(pool.checkpoint(&device)).unwrap();
+        now(v.discard(&device, 0, 32 * 4096)).unwrap();
+        if !is_busy {
+            now(pool.maintain(&device)).unwrap();
+        }
+        clock.advance_ns(31_000_000_000);
+        device.take_calls();
+        let before = pool.stats().checkpoints;
+        now(pool.maintain(&device)).unwrap();
+        assert_eq!(pool.stats().checkpoints, before + 1);
+        let calls = device.take_calls();
+        let has = |is: fn(&Call) -> bool| calls.iter().any(is);
+        assert_eq!(has(|call| matches!(call, Call::Pause(_))), rests);
+        assert_eq!(has(|call| matches!(call, Call::Discard(..))), gives_back);
+    }
+}
+
 /// A sparse file, gone when dropped.
 struct Sparse(PathBuf);
 
