@@ -18,9 +18,9 @@ pub const RECORD_BLOCKS_MAX: u64 = VOLUME_BYTES_MAX / BLOCK_BYTES;
 pub const SNAPSHOT_GROUP_MAX: usize = 256;
 /// Bytes of redo records that may wait in memory for a commit before writers wait.
 pub const JOURNAL_PENDING_BYTES_MAX: usize = 8 << 20;
-/// Map pages that change before a checkpoint is wanted. After a crash replay makes them once more, each in some
-/// microseconds, and it must not take long whatever ran before.
-pub const CHECKPOINT_PAGES_MAX: usize = 1 << 15;
+/// Map pages and regions' counts that change before a checkpoint is wanted. After a crash replay reads what they were made
+/// from, and makes them once more: it must not take long whatever ran before.
+pub const CHECKPOINT_PAGES_MAX: usize = 3 << 13;
 /// The least memory for metadata that a pool can be given, in bytes: one change may need hundreds of pages at once.
 pub const METADATA_CACHE_BYTES_MIN: u64 = 16 << 20;
 /// What a pool takes where nobody says how much, in bytes.

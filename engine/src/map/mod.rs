@@ -18,7 +18,6 @@ use crate::error::{Error, Result};
 use crate::format::catalog::Root;
 use crate::format::map_page::{INNER_ENTRIES, LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
 use crate::format::page::PagePtr;
-use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Generation, Lba, Pba, Seq};
 use rustc_hash::FxHashMap;
@@ -146,10 +145,14 @@ impl MapStore {
         self.pages.len()
     }
 
-    /// Whether so many pages are of this generation that few of those in memory could be dropped, or that making them
-    /// again after a crash would take long.
+    /// Whether so many pages are of this generation that few of those in memory could be dropped.
     pub(crate) fn is_mostly_dirty(&self) -> bool {
-        self.dirty.len() > (self.pages_max / 2).min(CHECKPOINT_PAGES_MAX)
+        self.dirty.len() > self.pages_max / 2
+    }
+
+    /// How many pages are of this generation.
+    pub(crate) fn dirty_pages(&self) -> usize {
+        self.dirty.len()
     }
 
     /// The generation of pages made now.

@@ -5,7 +5,6 @@ use crate::format::catalog::Root;
 use crate::format::layout;
 use crate::format::map_page::{LEAF_ENTRIES, LEVEL_MAX, Node, span_blocks};
 use crate::format::page::PagePtr;
-use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::space::{Fault, Missing, SpaceMap};
 use crate::units::{Extent, Generation, Lba, Pba, Seq};
 use fastrand::Rng;
@@ -598,17 +597,4 @@ fn the_order_of_eviction_stays_as_short_as_memory() {
     }
     assert_eq!(store.pages.len(), 10);
     assert!(store.order.len() <= 40, "{}", store.order.len());
-}
-
-#[test]
-fn a_checkpoint_is_wanted_before_replay_would_make_many_pages_once_more() {
-    let mut store = MapStore::new(Generation(1));
-    let ptr = PagePtr {
-        pba: Pba(1),
-        generation: Generation(1),
-    };
-    store.dirty = vec![ptr; CHECKPOINT_PAGES_MAX];
-    assert!(!store.is_mostly_dirty());
-    store.dirty.push(ptr);
-    assert!(store.is_mostly_dirty());
 }

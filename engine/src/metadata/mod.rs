@@ -15,7 +15,7 @@ use crate::format::catalog::{CatalogEntry, Kin, Role, Root, level_sizes};
 use crate::format::map_page::level_for;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
-use crate::limits::SNAPSHOT_GROUP_MAX;
+use crate::limits::{CHECKPOINT_PAGES_MAX, SNAPSHOT_GROUP_MAX};
 use crate::map::{MapStore, ReclaimStep, UnmapStep};
 use crate::space::{Fault, SpaceMap, Tally};
 use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, Timestamp, VolumeId};
@@ -504,9 +504,12 @@ impl Metadata {
         self.map.is_over() || self.space.is_over()
     }
 
-    /// Whether so much of it changed that a checkpoint has to come before much can be dropped.
+    /// Whether so much of it changed that a checkpoint has to come before much can be dropped, or that doing it once more
+    /// after a crash would take long.
     pub(crate) fn is_mostly_dirty(&self) -> bool {
-        self.map.is_mostly_dirty() || self.space.is_mostly_dirty()
+        let changed = self.map.dirty_pages() + self.space.dirty_regions();
+        let are_many = self.map.is_mostly_dirty() || self.space.is_mostly_dirty();
+        are_many || changed > CHECKPOINT_PAGES_MAX
     }
 
     /// Drops a little of what is too much and can be read again.

@@ -5,6 +5,7 @@ use crate::error::ErrorKind;
 use crate::format::catalog::{CatalogEntry, Role, Root, SLOTS_PER_PAGE};
 use crate::format::layout;
 use crate::format::record::Record;
+use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::map::{MapStore, Mapping};
 use crate::name::Name;
 use crate::space::{Fault, Missing, SpaceMap};
@@ -407,6 +408,38 @@ fn a_catalog_leaves_room_for_the_next_checkpoints_pages() {
     metadata.refuses(&snapshot(1, 3, "c"), ErrorKind::OutOfSpace);
     // What frees space needs none.
     metadata.prepare(&remove(1)).unwrap();
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
+fn a_checkpoint_is_wanted_before_replay_would_read_and_make_many_pages() {
+    let regions = CHECKPOINT_PAGES_MAX as u64;
+    let blocks = regions * layout::REGION_BLOCKS;
+    let mut metadata = empty();
+    metadata.space = SpaceMap::new(blocks, layout::journal(blocks));
+    for region in 0..regions {
+        metadata.space.load(region, None, None).unwrap();
+    }
+    metadata.does(&create(1, "a"));
+    metadata.does(&resize(1, regions * 2 * MIB));
+    // Each changes a leaf and the counts of a region.
+    let mut changes = 0;
+    while !metadata.is_mostly_dirty() {
+        let goal = Pba(changes * layout::REGION_BLOCKS + 1000);
+        let extent = metadata.space.reserve(goal, 1).unwrap();
+        metadata.does(&Record::Map {
+            volume: VolumeId(1),
+            lba: Lba(changes * 512),
+            pba: extent.start,
+            count: 1,
+        });
+        changes += 1;
+    }
+    let expected = regions / 2;
+    assert!(
+        (expected * 9 / 10..=expected + 1).contains(&changes),
+        "{changes}"
+    );
 }
 
 fn volume(id: u64, text: &str) -> CatalogEntry {

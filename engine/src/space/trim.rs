@@ -100,6 +100,11 @@ impl SpaceMap {
         self.dirty.len() > self.regions_max / 2
     }
 
+    /// Of how many regions counts changed since the last checkpoint began.
+    pub(crate) fn dirty_regions(&self) -> usize {
+        self.dirty.len()
+    }
+
     /// Drops counts from memory where there are more than may be: what was not looked at since the last time goes first.
     /// What only memory knows stays.
     pub(crate) fn evict(&mut self, durable: Generation) {

@@ -18,6 +18,8 @@ pub(super) const SECONDS_MAX: f64 = 1.0;
 const SLOWER_MAX: f64 = 1.5;
 /// Blocks within which the order of what is built is random.
 const WINDOW: u64 = 1 << 18;
+/// Requests between two looks of the background thread, of which there are ten a second.
+const AT_ONCE: u64 = 2_000;
 
 pub(super) fn run(setting: &Setting, card: &mut Card) {
     replay(setting, card);
@@ -50,12 +52,12 @@ fn replay(setting: &Setting, card: &mut Card) {
         card.add(&metric, seconds(ns), Target::AtMost(SECONDS_MAX));
     };
     crashed("writes", &mut |bench, volume| {
-        for _ in 0..10_000 {
+        for _ in 0..AT_ONCE {
             bench.write(volume, rng.u64(..blocks), &block);
         }
     });
     crashed("discards", &mut |bench, volume| {
-        for _ in 0..10_000 {
+        for _ in 0..AT_ONCE {
             discard(bench, volume, rng.u64(..blocks));
         }
     });
@@ -99,7 +101,7 @@ fn discard(bench: &Bench<Hurried>, volume: &Attached, lba: u64) {
 pub(super) fn wear_by_discards(bench: &Bench<Hurried>, volume: &Attached, rng: &mut Rng) {
     let blocks = volume.bytes() / BLOCK_BYTES;
     wear(bench, || {
-        for _ in 0..10_000 {
+        for _ in 0..AT_ONCE {
             discard(bench, volume, rng.u64(..blocks));
         }
     });
