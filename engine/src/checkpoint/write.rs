@@ -26,8 +26,8 @@ const FREED_BLOCKS_MAX: u64 = 512;
 /// What a checkpoint rests while somebody uses the pool: between two such holds, or whoever waits for the lock would have
 /// it after the last of them; and between two runs of pages, which the device below serves in turn with what others write.
 const REST: Duration = Duration::from_micros(100);
-/// It rests at most about so often between runs of pages: the journal's other half must suffice until it is done.
-const PAGE_RESTS_MAX: usize = 4096;
+/// It rests at most about so often for each of the two: the journal's other half must suffice until it is done.
+const RESTS_MAX: usize = 4096;
 
 /// Room of the file system below that is kept back for a checkpoint, in blocks; a small pool keeps less.
 const BALLAST_BLOCKS_MAX: u64 = 4096;
@@ -378,7 +378,7 @@ async fn write_pages<D: Device>(
     pages.sort_unstable_by_key(|(pba, _)| *pba);
 
     let mut buffer = BlockBuf::zeroed(RUN_BLOCKS);
-    let runs_per_rest = 1 + pages.len() / PAGE_RESTS_MAX;
+    let runs_per_rest = 1 + pages.len() / RESTS_MAX;
     let mut runs = 0_usize;
     let mut rest = pages.as_slice();
     while let Some((first, _)) = rest.first() {
@@ -440,10 +440,12 @@ async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], ending
         },
         Ending::GoOn | Ending::Close => discard(device, pending).await,
     };
+    let blocks: u64 = pending.iter().map(|extent| extent.count).sum();
+    let pieces_per_rest = 1 + blocks / (FREED_BLOCKS_MAX * RESTS_MAX as u64);
     for (runs, is_stale) in [(&freed.kept, true), (&freed.given_back, false)] {
-        for some in pieces(runs) {
+        for (done, some) in (1_u64..).zip(pieces(runs)) {
             ledger.adjust(|metadata| metadata.space.reuse(&some, is_stale));
-            if ending == Ending::Yield {
+            if ending == Ending::Yield && done.is_multiple_of(pieces_per_rest) {
                 device.pause(REST).await;
             }
         }

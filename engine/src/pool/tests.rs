@@ -254,13 +254,19 @@ fn the_return_of_space_rests_while_somebody_works_and_not_otherwise() {
     }
 }
 
-#[test]
-#[cfg_attr(miri, ignore = "needs minutes")]
-fn scattered_blocks_are_given_back_when_nobody_works() {
+/// A new pool of 16,384 blocks, whose time a test moves.
+fn fresh() -> (Arc<ManualClock>, Memory, Arc<Pool>) {
     let clock = Arc::new(ManualClock::default());
     let device = Memory::default();
     make(&device, 16384);
     let pool = open(&device, 16384, Arc::clone(&clock) as Arc<dyn Clock>);
+    (clock, device, pool)
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
+fn scattered_blocks_are_given_back_when_nobody_works() {
+    let (clock, device, pool) = fresh();
     let v = volume(&device, &pool, "v", 4096);
     put(&device, &v, 0, 64);
     now(pool.checkpoint(&device)).unwrap();
@@ -308,10 +314,7 @@ fn a_checkpoint_rests_while_somebody_works_unless_space_is_low() {
         (true, false, true, false),
         (true, true, false, false),
     ] {
-        let clock = Arc::new(ManualClock::default());
-        let device = Memory::default();
-        make(&device, 16384);
-        let pool = open(&device, 16384, Arc::clone(&clock) as Arc<dyn Clock>);
+        let (clock, device, pool) = fresh();
         let v = volume(&device, &pool, "v", 16384);
         put(&device, &v, 0, 64);
         let low = pool.status().size_bytes / 10;

@@ -5,6 +5,7 @@
 //! `release`d; at count 0 it is *pending*: not reusable until a checkpoint that does not name it is durable and every
 //! request that might still use it has ended. Counts are loaded a region at a time, on first use.
 
+mod leaf;
 mod region;
 mod reserve;
 mod restore;
@@ -25,7 +26,6 @@ use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::{BTreeSet, VecDeque};
-use std::ops::Range;
 
 /// What an operation lacks in memory; the caller reads it from the device and tries again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -261,10 +261,8 @@ impl SpaceMap {
     /// How many owners a block has.
     pub(crate) fn count(&self, pba: Pba) -> Result<u32, Fault> {
         let (region, offset) = place(pba);
-        let counted = usize::try_from(region)
-            .ok()
-            .and_then(|index| self.regions.get(index));
-        let Some(counted) = counted.filter(|_| pba.0 < self.blocks) else {
+        let counted = self.region(region).filter(|_| pba.0 < self.blocks);
+        let Some(counted) = counted else {
             return Err(Error::corrupt("a pointer beyond the pool")
                 .at_pba(pba)
                 .into());
@@ -287,38 +285,6 @@ impl SpaceMap {
                 .into()),
             count => Ok(count),
         }
-    }
-
-    /// The same for each block that a leaf maps to.
-    pub(crate) fn all_referenced(&self, entries: &[Pba]) -> Result<(), Fault> {
-        let mut are_owned = entries.iter().max().is_none_or(|last| last.0 < self.blocks);
-        for group in entries.chunks(GROUP) {
-            are_owned &= match as_run(group) {
-                Some((region, offsets)) => {
-                    let counted = self.region(region);
-                    counted.is_some_and(|counted| counted.are_owned(offsets))
-                }
-                // All of them, so that processors have nothing to guess.
-                None => group
-                    .iter()
-                    .fold(true, |all, pba| all & self.is_owned(*pba)),
-            };
-        }
-        if are_owned {
-            return Ok(());
-        }
-        // One by one: some may be damaged, or their counts are not in memory, or very large.
-        let mapped = entries.iter().filter(|pba| pba.0 > 0);
-        mapped
-            .map(|pba| self.referenced(*pba))
-            .try_for_each(|found| found.map(drop))
-    }
-
-    /// Whether a block is none or has an owner. False also where that takes a closer look.
-    fn is_owned(&self, pba: Pba) -> bool {
-        let (region, offset) = place(pba);
-        let counted = self.region(region);
-        pba.0 == 0 || counted.is_some_and(|counted| counted.are_owned(offset..offset + 1))
     }
 
     fn region(&self, region: u64) -> Option<&Region> {
@@ -387,18 +353,6 @@ impl SpaceMap {
         found
     }
 
-    /// One more owner for each block that a leaf maps to, whose counts are loaded.
-    pub(crate) fn retain_all(&mut self, entries: &[Pba]) {
-        for group in entries.chunks(GROUP) {
-            if let Some((region, offsets)) = as_run(group) {
-                self.region_mut(region).add_all(offsets);
-            } else {
-                let mapped = group.iter().filter(|pba| pba.0 > 0);
-                mapped.for_each(|pba| self.retain(*pba));
-            }
-        }
-    }
-
     /// One more owner. The block's counts are loaded.
     pub(crate) fn retain(&mut self, pba: Pba) {
         let (region, offset) = place(pba);
@@ -428,18 +382,6 @@ impl SpaceMap {
                 }
             }
             Some(_) => {}
-        }
-    }
-
-    /// One owner less for each block that a leaf maps to, whose counts are loaded. See [`SpaceMap::release`].
-    pub(crate) fn release_all(&mut self, entries: &[Pba], seq: Option<Seq>) {
-        for group in entries.chunks(GROUP) {
-            let is_done = as_run(group)
-                .is_some_and(|(region, offsets)| self.region_mut(region).subtract_all(offsets));
-            if !is_done {
-                let mapped = group.iter().filter(|pba| pba.0 > 0);
-                mapped.for_each(|pba| self.release(*pba, seq));
-            }
         }
     }
 
@@ -662,19 +604,4 @@ impl Default for FrozenSpace {
 fn place(pba: Pba) -> (u64, usize) {
     let offset = (pba.0 % REGION_BLOCKS) as usize;
     (pba.0 / REGION_BLOCKS, offset)
-}
-
-/// Blocks of a leaf are counted in groups of so many, which often lie one after the other.
-const GROUP: usize = 8;
-
-/// The region that all blocks of a group are in, and where, if they lie one after the other.
-fn as_run(group: &[Pba]) -> Option<(u64, Range<usize>)> {
-    let first = *group.first().filter(|first| first.0 > 0)?;
-    let is_run = group
-        .iter()
-        .zip(first.0..)
-        .fold(true, |all, (pba, next)| all & pba.0.eq(&next));
-    let (region, offset) = place(first);
-    let end = offset + group.len();
-    (is_run && end as u64 <= REGION_BLOCKS).then_some((region, offset..end))
 }
