@@ -74,6 +74,8 @@ pub(crate) enum Command {
     /// Remove volumes and snapshots, in any order, whether clones exist or not
     Rm(Rm),
     /// Take snapshots; several targets are one point in time
+    ///
+    /// Refused while less than 1/128 of the pool is free to a volume: from then on each overwrite would need new space.
     #[command(alias = "snap")]
     Snapshot {
         /// POOL/VOLUME@SNAPSHOT, all in one pool

@@ -13,6 +13,9 @@ use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, VolumeId};
 use std::collections::BTreeSet;
 
+/// A pool with less than one part in so many free takes no snapshots, so that there is room for what follows them.
+const SNAPSHOT_FREE_PART: u64 = 128;
+
 impl Metadata {
     /// How many of `want` blocks a volume may take for a write, at least one: to holes, or to blocks that it maps and
     /// others share.
@@ -87,29 +90,49 @@ impl Metadata {
         self.check_owed(owed, || format!("a reserve of {bytes} bytes"))
     }
 
-    /// Refuses snapshots of volumes, each named once or more, that would leave too little for reserves: right after it a
-    /// volume can overwrite nothing in place.
+    /// Refuses snapshots of volumes, each named once or more, that would leave too little for reserves, or for volumes
+    /// that have none: right after it a volume can overwrite nothing in place.
     pub(crate) fn check_snapshots(&self, volumes: &[VolumeId]) -> Result<(), Error> {
-        if !self.catalog.has_reserves() {
-            return Ok(());
-        }
         let forked: BTreeSet<VolumeId> = volumes.iter().copied().collect();
         let mut owed = self.catalog.owed_blocks();
-        let mut shown = String::new();
+        let mut reserving = None;
+        let mut written = None;
         for id in forked {
             let entry = &self.catalog.get(id)?.entry;
             if entry.reserve_bytes > 0 {
                 owed -= Catalog::would_owe(entry, false);
                 owed += Catalog::would_owe(entry, true);
-                shown = self.catalog.full_path(id).unwrap_or_default();
+                reserving = Some(id);
+            } else if entry.mapped_blocks > 0 {
+                written = Some(id);
             }
         }
-        if shown.is_empty() {
+        let shown = |id| self.catalog.full_path(id).unwrap_or_default();
+        if let Some(id) = reserving {
+            self.check_owed(owed, || {
+                format!("{}: a snapshot of a volume with a reserve", shown(id))
+            })?;
+        }
+        if let Some(id) = written {
+            self.check_redirects(owed, || shown(id))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a snapshot of a volume without a reserve where hardly anything is free for what is written afterwards.
+    /// Blocks that only a checkpoint is missing for are as good as free.
+    fn check_redirects(&self, owed: u64, subject: impl Fn() -> String) -> Result<(), Error> {
+        let free = self.space.free_for_data() + self.space.pending_blocks();
+        let left = free.saturating_sub(owed);
+        if left >= self.space.blocks() / SNAPSHOT_FREE_PART {
             return Ok(());
         }
-        self.check_owed(owed, || {
-            format!("{shown}: a snapshot of a volume with a reserve")
-        })
+        let message = format!(
+            "{}: a snapshot makes each overwrite need new space, and {} bytes are free; remove something, or grow the pool",
+            subject(),
+            left * BLOCK_BYTES
+        );
+        Err(Error::with(ErrorKind::OutOfSpace, message))
     }
 
     fn check_owed(&self, owed: u64, subject: impl Fn() -> String) -> Result<(), Error> {

@@ -344,9 +344,11 @@ fn a_snapshot_is_refused_before_a_write_has_to_be() {
         mapped_blocks(&device, &pool)
     );
     write(&device, &v, 0, 1024).unwrap();
-    // That of a volume without reserve takes nothing from anybody.
-    now(pool.snapshot(&device, &[path("w@t")])).unwrap();
-    now(pool.remove(&device, &[path("w@t")], false, false)).unwrap();
+    // One without a reserve could overwrite nothing either.
+    let error = now(pool.snapshot(&device, &[path("w@t")])).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfSpace);
+    assert!(error.to_string().contains("p/w"), "{error}");
+    write(&device, &w, 0, 100).unwrap();
     now(w.discard(&device, 0, 1200 * BLOCK_BYTES)).unwrap();
     while now(pool.maintain(&device)).unwrap() {}
     now(pool.checkpoint(&device)).unwrap();
@@ -358,6 +360,27 @@ fn a_snapshot_is_refused_before_a_write_has_to_be() {
     }
     let again = now(pool.snapshot(&device, &[path("v@t")]));
     assert_eq!(again.unwrap_err().kind(), ErrorKind::OutOfSpace);
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "needs minutes")]
+fn a_snapshot_is_refused_where_hardly_an_overwrite_could_follow() {
+    let (device, pool) = pool();
+    let w = other(&device, &pool);
+    let snapshot = |of: &str| now(pool.snapshot(&device, &[path(of)]));
+    fill(&device, &w, 0);
+    assert_eq!(snapshot("w@a").unwrap_err().kind(), ErrorKind::OutOfSpace);
+    // What was overwritten before still can be; and a volume without content has nothing to overwrite.
+    write(&device, &w, 0, 100).unwrap();
+    drop(volume(&device, &pool, Limits::default()));
+    snapshot("v@a").unwrap();
+    let least = BLOCKS / 128;
+    now(w.discard(&device, 0, (least - 1) * BLOCK_BYTES)).unwrap();
+    assert_eq!(snapshot("w@a").unwrap_err().kind(), ErrorKind::OutOfSpace);
+    now(w.discard(&device, 0, least * BLOCK_BYTES)).unwrap();
+    // No checkpoint since: these blocks are pending.
+    snapshot("w@a").unwrap();
+    write(&device, &w, least, 16).unwrap();
 }
 
 /// What all volumes and snapshots map.
