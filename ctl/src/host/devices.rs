@@ -89,11 +89,7 @@ impl Host {
     }
 
     /// An error that names whoever has one of these devices open.
-    pub(super) fn refuse_held<'a>(
-        &self,
-        slots: impl Iterator<Item = &'a Slot>,
-        action: &str,
-    ) -> Result<()> {
+    fn refuse_held<'a>(&self, slots: impl Iterator<Item = &'a Slot>, action: &str) -> Result<()> {
         let mut held = Vec::new();
         for slot in slots {
             let holders = ublk::holders(slot.entry.state.dev_id);
@@ -117,6 +113,23 @@ impl Host {
                 held.join("; ")
             ),
         ))
+    }
+
+    /// Keeps a device from everybody; an error that names whoever has it.
+    pub(super) fn claim(&self, slot: &Slot, action: &str) -> Result<ublk::Claim> {
+        let dev_id = slot.entry.state.dev_id;
+        let claim = ublk::Claim::take(dev_id)?;
+        if let Some(claim) = claim.filter(|_| ublk::sharers(dev_id).is_empty()) {
+            return Ok(claim);
+        }
+        // Who it is takes a look at all there is, so only where there is somebody.
+        self.refuse_held(std::iter::once(slot), action)?;
+        let (path, node) = (&slot.entry.path, slot.entry.node());
+        let fact = format!(
+            "{}/{path}: {node} was in use just now; try again",
+            self.name
+        );
+        Err(Error::with(ErrorKind::Busy, fact))
     }
 
     pub(super) fn detach(&self, selection: &Selection, force: bool) -> Result<Reply> {

@@ -8,7 +8,6 @@ use crate::retention::{self, Policy, Rule};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::OutlineEntry;
-use blockfork::ublk;
 use blockfork::units::{BLOCK_BYTES, Timestamp};
 use futures_lite::future::block_on;
 use parking_lot::MutexGuard;
@@ -150,10 +149,10 @@ impl Host {
             devices.refuse("roll back", std::iter::once(slot))?;
             return Err(Error::new(ErrorKind::Busy));
         };
-        self.refuse_held(std::iter::once(slot), "roll back")?;
+        let claim = self.claim(slot, "roll back")?;
         let size_before = served.attached().bytes();
         block_on(self.pool.rollback(&self.device, snapshot))?;
-        ublk::drop_cached_pages(slot.entry.state.dev_id)?;
+        claim.drop_cached_pages()?;
         let size = served.attached().bytes();
         if size != size_before && !served.update_size(size)? {
             return Err(Error::with(

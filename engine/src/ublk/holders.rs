@@ -1,37 +1,14 @@
 //! Who has a device: what must let go before it can be detached or rolled back.
 
-#![expect(unsafe_code, reason = "BLKFLSBUF has no wrapper in std")]
-
-use super::{block_path, sysfs};
-use crate::error::{Error, Result};
+use super::sysfs;
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// `BLKFLSBUF` of `linux/fs.h`.
-const BLKFLSBUF: libc::c_ulong = 0x1261;
-
-/// Writes a device's dirty pages and drops what the page cache holds of it, so that the next read asks the volume.
-pub fn drop_cached_pages(dev_id: u32) -> Result<()> {
-    let path = block_path(dev_id);
-    let failed = |e| {
-        Error::io(
-            e,
-            format!("{}: its cached pages cannot be dropped", path.display()),
-        )
-    };
-    let device = File::open(&path).map_err(failed)?;
-    // SAFETY: the ioctl takes no argument; the descriptor is open.
-    match unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF, 0) } {
-        0 => Ok(()),
-        _ => Err(failed(io::Error::last_os_error())),
-    }
-}
+use std::process;
 
 /// A process, for an error line.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -127,6 +104,18 @@ pub fn holders(dev_id: u32) -> Vec<Holder> {
     holders.into_iter().collect()
 }
 
+/// Who has a device that a [`Claim`](super::Claim) was had of: loop devices over it, and processes other than this one that
+/// merely opened it.
+pub fn sharers(dev_id: u32) -> Vec<Holder> {
+    let target = Target::of(dev_id);
+    let loops = target.loops().map(|name| Holder::Device { name });
+    let others = processes().filter(|(pid, _)| *pid != process::id());
+    let openers = others.filter(|(_, folder)| target.is_open_in(folder));
+    loops
+        .chain(openers.map(|(pid, folder)| Holder::Process(Process::of(pid, &folder))))
+        .collect()
+}
+
 /// The processes that have the file at `path` open under this name.
 pub(super) fn openers(path: &Path) -> Vec<Process> {
     let has_it = |folder: &Path| descriptors(folder).any(|(_, target)| target == path);
@@ -145,6 +134,9 @@ fn descriptors(process: &Path) -> impl Iterator<Item = (PathBuf, PathBuf)> {
     entries.filter_map(|entry| Some((entry.path(), fs::read_link(entry.path()).ok()?)))
 }
 
+/// Where the kernel lists block devices.
+const BLOCK_CLASS: &str = "/sys/class/block";
+
 /// A device and its partitions, as the kernel's files name them.
 struct Target {
     /// `ublkbN`, `ublkbNp1`, ...
@@ -162,7 +154,7 @@ impl Target {
         let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
         let is_part = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with(&prefix));
         names.extend(entries.map(|entry| entry.file_name()).filter(is_part));
-        let class = Path::new("/sys/class/block");
+        let class = Path::new(BLOCK_CLASS);
         let number = |name: &OsString| read(&class.join(name).join("dev")).trim_end().to_owned();
         let numbers = names.iter().map(number).filter(|number| !number.is_empty());
         Self {
@@ -184,29 +176,26 @@ impl Target {
 
     /// Block devices that the kernel lists as holding it, and loop devices over it.
     fn devices_on_top(&self) -> impl Iterator<Item = String> {
-        let class = Path::new("/sys/class/block");
         let listed = self
             .names
             .iter()
-            .flat_map(|name| fs::read_dir(class.join(name).join("holders")));
+            .flat_map(|name| fs::read_dir(Path::new(BLOCK_CLASS).join(name).join("holders")));
         let listed = listed.flatten().flatten().map(|entry| entry.file_name());
-        let loops = fs::read_dir(class)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.file_name());
-        let loops = loops.filter(|name| {
-            let backing = read(&class.join(name).join("loop/backing_file"));
+        listed.map(|name| shown(&name)).chain(self.loops())
+    }
+
+    /// Loop devices over it.
+    fn loops(&self) -> impl Iterator<Item = String> {
+        let devices = fs::read_dir(BLOCK_CLASS).into_iter().flatten().flatten();
+        let loops = devices
+            .map(|entry| entry.file_name())
+            .filter(|name| name.as_encoded_bytes().starts_with(b"loop"));
+        let over = loops.filter(|name| {
+            let backing = Path::new(BLOCK_CLASS).join(name).join("loop/backing_file");
+            let backing = read(&backing);
             !backing.is_empty() && self.is_node(backing.trim_end())
         });
-        listed.chain(loops).map(|name| {
-            let folder = class.join(&name);
-            let name = name.to_string_lossy().into_owned();
-            match read(&folder.join("dm/name")).trim_end() {
-                "" => name,
-                mapped => format!("{mapped} ({name})"),
-            }
-        })
+        over.map(|name| shown(&name))
     }
 
     /// The mounts that a process sees.
@@ -246,6 +235,16 @@ impl Target {
     }
 }
 
+/// The name of a block device, and what device mapper calls it.
+fn shown(name: &OsStr) -> String {
+    let folder = Path::new(BLOCK_CLASS).join(name);
+    let name = name.to_string_lossy().into_owned();
+    match read(&folder.join("dm/name")).trim_end() {
+        "" => name,
+        mapped => format!("{mapped} ({name})"),
+    }
+}
+
 /// The fields of a line of `mountinfo` that matter here.
 struct Mount<'a> {
     number: &'a str,
@@ -267,10 +266,14 @@ impl<'a> Mount<'a> {
     }
 }
 
-/// All processes.
+/// All processes but those of the kernel itself, which have no program and no files.
 fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+    let numbered =
+        entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
+    numbered.filter(|(_, folder)| {
+        fs::read_link(folder.join("exe")).map_or_else(|e| e.kind() != ErrorKind::NotFound, |_| true)
+    })
 }
 
 /// A file of the kernel, empty where it cannot be read.

@@ -19,6 +19,7 @@
 //!    requests come. A write that was under way may so be carried out twice.
 
 mod arena;
+mod claim;
 mod command;
 mod control;
 mod driver;
@@ -37,8 +38,9 @@ mod sysfs;
 mod task;
 mod wake;
 
+pub use claim::Claim;
 pub use driver::{Check, Driver, driver};
-pub use holders::{Holder, drop_cached_pages, holders};
+pub use holders::{Holder, holders, sharers};
 pub use recover::{KernelDevice, Phase, device_exists, device_state, forget, orphans};
 pub use served::{DeviceOptions, DeviceState, Served};
 

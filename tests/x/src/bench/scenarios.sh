@@ -64,6 +64,7 @@ fork_to_usable() {
     timed clone-us ublkctl clone bench/v@s "bench/c$turn"
     timed attach-us ublkctl attach "bench/c$turn" --queues 2 --depth 128
     timed list-us ublkctl list bench
+    timed rollback-us ublkctl rollback bench/v@s
   done
   end_pool
   for turn in $TURNS; do
@@ -101,6 +102,8 @@ slow_flushes() {
     # What is left to do in the background is done before the next turn.
     sleep 3
     timed list-slow-flush-us ublkctl list bench
+    timed flush-us dd if=/dev/zero of=/dev/mapper/delayed bs=4k count=0 conv=notrunc,fsync status=none
+    timed no-flush-us dd if=/dev/zero of=/dev/ram0 bs=4k count=0 conv=notrunc,fsync status=none
   done
   set -- --filename="$device" --rw=randwrite --bs=4k --fdatasync=1 --size=256M --time_based --runtime=3
   # In place: no mapping changes.
