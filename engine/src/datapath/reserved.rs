@@ -127,16 +127,17 @@ impl Drop for Reserved<'_> {
 
 /// Takes `want` blocks in a place where one of the group's others lies at the distance that it has in the volume.
 fn beside(space: &mut SpaceMap, group: &[Pba], slot: u64, want: u64) -> Option<Extent> {
-    let mut tried = None;
+    // Mostly there are two: where the snapshot has the group, and where it is redirected to. 0 is none: no block of a group
+    // is the first of the pool.
+    let mut tried = [0; 2];
     for (index, entry) in (0..).zip(group) {
         // Where the group would begin if it lay whole around this block.
-        let begin = entry.0.checked_sub(index).filter(|_| entry.0 > 0);
-        if begin.is_none() || begin == tried {
+        let begin = entry.0.wrapping_sub(index);
+        if tried.contains(&begin) || entry.0 <= index {
             continue;
         }
-        tried = begin;
-        let place = begin.map(|begin| Pba(begin).plus(slot));
-        let taken = place.and_then(|at| space.reserve_at(at, want));
+        tried = [begin, tried[0]];
+        let taken = space.reserve_at(Pba(begin).plus(slot), want);
         if taken.is_some() {
             return taken;
         }

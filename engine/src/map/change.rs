@@ -21,6 +21,15 @@ pub(crate) enum UnmapStep {
     SharedPage { from: Lba, to: Lba, level: u8 },
 }
 
+/// The page that a path leads to.
+#[derive(Debug)]
+struct Reached<'a> {
+    ptr: PagePtr,
+    page: &'a MapPage,
+    /// It and all above it are of this generation and have one owner: they may be changed as they are.
+    is_writable: bool,
+}
+
 impl MapStore {
     /// Sees to it that the pages from the root down to `lowest` can be made writable: all of them and the counts they
     /// lead to in memory, and enough blocks set aside. Gives the page of `lowest`, if there is one.
@@ -30,7 +39,7 @@ impl MapStore {
         lba: Lba,
         lowest: u8,
         space: &mut SpaceMap,
-    ) -> Result<Option<&MapPage>, Fault> {
+    ) -> Result<Option<Reached<'_>>, Fault> {
         level_matches(root.level)?;
         if lba.0 >= span_blocks(root.level) {
             return Err(Error::corrupt("a block beyond its map").at_lba(lba).into());
@@ -38,16 +47,22 @@ impl MapStore {
         // The worst case, so that what is set aside does not depend on what is found.
         space.set_aside(u64::from(LEVEL_MAX) + 1)?;
         let mut is_shared = false;
+        let mut is_old = false;
         let mut level = root.level;
         let mut next = root.ptr;
         while let Some(ptr) = next {
             is_shared |= space.referenced(ptr.pba)? > 1;
+            is_old |= ptr.generation != self.generation;
             let page = self.page(ptr, level)?;
             if is_shared {
                 self.require_children(&page.node, space)?;
             }
             if level == lowest {
-                return Ok(Some(page));
+                return Ok(Some(Reached {
+                    ptr,
+                    page,
+                    is_writable: !is_shared && !is_old,
+                }));
             }
             if let Node::Inner(children) = &page.node {
                 next = children[child_index(level, lba)];
@@ -130,8 +145,10 @@ impl MapStore {
             }
             Some(ptr) => self.shadow(ptr, seq, space),
         };
-        let page = self.page_mut(writable);
-        page.mapped = page.mapped.saturating_add_signed(delta);
+        if delta != 0 {
+            let page = self.page_mut(writable);
+            page.mapped = page.mapped.saturating_add_signed(delta);
+        }
         writable
     }
 
@@ -161,36 +178,44 @@ impl MapStore {
         self.insert_new(page, space)
     }
 
-    /// Prepares mapping the blocks from `lba`, all of one leaf, elsewhere.
+    /// Prepares mapping the blocks from `lba`, all of one leaf, elsewhere. Gives the leaf if nothing on the way has to be
+    /// copied or made.
     pub(crate) fn prepare_remap(
         &self,
         root: Root,
         lba: Lba,
         count: u64,
         space: &mut SpaceMap,
-    ) -> Result<(), Fault> {
-        let leaf = self.prepare_path(root, lba, 0, space)?;
-        require_entries(leaf, lba, count, space)
+    ) -> Result<Option<PagePtr>, Fault> {
+        let reached = self.prepare_path(root, lba, 0, space)?;
+        require_entries(reached.as_ref(), lba, count, space)?;
+        let writable = reached.filter(|reached| reached.is_writable);
+        Ok(writable.map(|reached| reached.ptr))
     }
 
-    /// Maps the blocks from `lba` to `extent`, which was reserved, and releases what they mapped to.
+    /// Maps the blocks from `lba` to `extent`, which was reserved, and releases what they mapped to. `leaf` is what
+    /// [`MapStore::prepare_remap`] gave.
     pub(crate) fn remap(
         &mut self,
         root: &mut Root,
         lba: Lba,
         extent: Extent,
+        leaf: Option<PagePtr>,
         seq: Seq,
         space: &mut SpaceMap,
     ) {
-        let leaf = self.make_writable(root, lba, 0, 0, seq, space);
+        let leaf = match leaf {
+            Some(leaf) => leaf,
+            None => self.make_writable(root, lba, 0, 0, seq, space),
+        };
         let first = leaf_index(lba);
         let mut holes = 0;
+        space.publish(extent);
         if let Node::Leaf(entries) = &mut self.page_mut(leaf).node {
             for (entry, new) in Arc::make_mut(entries)[first..]
                 .iter_mut()
                 .zip(extent.blocks())
             {
-                space.publish(new);
                 let old = std::mem::replace(entry, new);
                 if old.0 == 0 {
                     holes += 1;
@@ -284,7 +309,7 @@ impl MapStore {
                         });
                     }
                     let leaf = self.prepare_path(root, from, 0, space)?;
-                    require_entries(leaf, from, to.0 - from.0, space)?;
+                    require_entries(leaf.as_ref(), from, to.0 - from.0, space)?;
                     return Ok(UnmapStep::Entries { from, to });
                 }
                 Node::Inner(children) => next = children[child_index(level, from)],
@@ -412,12 +437,12 @@ impl UnmapStep {
 
 /// Every count that replacing these entries of a leaf would lower is in memory.
 fn require_entries(
-    leaf: Option<&MapPage>,
+    leaf: Option<&Reached<'_>>,
     lba: Lba,
     count: u64,
     space: &SpaceMap,
 ) -> Result<(), Fault> {
-    if let Some(Node::Leaf(entries)) = leaf.map(|leaf| &leaf.node) {
+    if let Some(Node::Leaf(entries)) = leaf.map(|leaf| &leaf.page.node) {
         let run = entries[leaf_index(lba)..].iter().zip(0..count);
         for (entry, _) in run.filter(|(entry, _)| entry.0 != 0) {
             space.referenced(*entry)?;

@@ -72,10 +72,11 @@ impl Pair {
         let prepared = self
             .store
             .prepare_remap(owner.root, lba, extent.count, &mut self.space);
-        prepared.unwrap();
+        let leaf = prepared.unwrap();
         self.seq += 1;
+        let seq = Seq(self.seq);
         self.store
-            .remap(&mut owner.root, lba, extent, Seq(self.seq), &mut self.space);
+            .remap(&mut owner.root, lba, extent, leaf, seq, &mut self.space);
         for (at, pba) in (lba.0..).zip(extent.blocks()) {
             owner.held.insert(at, pba);
         }
@@ -435,9 +436,9 @@ fn durable_pages_that_nobody_looks_at_are_evicted() {
         let prepared = pair
             .store
             .prepare_remap(owner.root, lba, 1, &mut pair.space);
-        prepared.unwrap();
+        let leaf = prepared.unwrap();
         pair.store
-            .remap(&mut owner.root, lba, extent, Seq(1), &mut pair.space);
+            .remap(&mut owner.root, lba, extent, leaf, Seq(1), &mut pair.space);
     }
     let pages = pair.store.pages.len();
     assert_eq!(pages, 61);
@@ -559,8 +560,8 @@ fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
         let is_far = matches!(result, Err(Fault::Missing(Missing::Counts(5))));
         assert!(is_far, "{result:?}");
     };
-    missing(store.prepare_remap(root, Lba(20), 1, &mut space));
-    missing(store.prepare_remap(root, Lba(19), 2, &mut space));
+    missing(store.prepare_remap(root, Lba(20), 1, &mut space).map(drop));
+    missing(store.prepare_remap(root, Lba(19), 2, &mut space).map(drop));
     let unmap = store.prepare_unmap(root, Lba(20), Lba(21), &mut space);
     missing(unmap.map(drop));
     // What is beside it is none of the change's business.
@@ -568,7 +569,7 @@ fn a_change_asks_first_for_the_counts_of_what_it_replaces() {
     store.prepare_remap(root, Lba(18), 2, &mut space).unwrap();
     // A shared leaf is copied, and the copy owns all of it.
     space.retain(root.ptr.unwrap().pba);
-    missing(store.prepare_remap(root, Lba(21), 4, &mut space));
+    missing(store.prepare_remap(root, Lba(21), 4, &mut space).map(drop));
     space.load(5, None, None).unwrap();
     assert!(
         store.prepare_remap(root, Lba(20), 1, &mut space).is_err(),

@@ -38,6 +38,8 @@ pub(crate) struct Metadata {
 pub(crate) enum Prepared {
     /// All of it can be applied.
     Whole,
+    /// The same of blocks that are mapped elsewhere: in this leaf as it is, if any.
+    Remap(Option<PagePtr>),
     /// An unmap goes step by step; this is its next one.
     Unmap(UnmapStep),
 }
@@ -65,8 +67,10 @@ impl Metadata {
                 let entry = self.writable(*volume)?;
                 in_range(entry, *lba, *count)?;
                 let root = entry.root;
-                self.map
+                let leaf = self
+                    .map
                     .prepare_remap(root, *lba, *count, &mut self.space)?;
+                return Ok(Prepared::Remap(leaf));
             }
             Record::Unmap { volume, lba, count } => {
                 let entry = self.writable(*volume)?;
@@ -234,12 +238,11 @@ impl Metadata {
                 pba,
                 count,
             } => {
-                let id = *volume;
-                let volume = self.catalog.get_mut(id)?;
-                let root = &mut volume.entry.root;
-                self.map
-                    .remap(root, *lba, Extent::new(*pba, *count), seq, &mut self.space);
-                self.note_change(id, before);
+                let leaf = match prepared {
+                    Prepared::Remap(leaf) => leaf,
+                    Prepared::Whole | Prepared::Unmap(_) => None,
+                };
+                self.remap(*volume, *lba, Extent::new(*pba, *count), leaf, seq)?;
             }
             Record::Unmap { volume, .. } => {
                 let Prepared::Unmap(step) = prepared else {
@@ -381,6 +384,22 @@ impl Metadata {
         Ok(())
     }
 
+    fn remap(
+        &mut self,
+        id: VolumeId,
+        lba: Lba,
+        extent: Extent,
+        leaf: Option<PagePtr>,
+        seq: Seq,
+    ) -> Result<()> {
+        let before = self.space.tally();
+        let root = &mut self.catalog.get_mut(id)?.entry.root;
+        self.map
+            .remap(root, lba, extent, leaf, seq, &mut self.space);
+        self.note_change(id, before);
+        Ok(())
+    }
+
     /// Notes how much a volume maps and owns alone that is marked as changed already.
     fn note_change(&mut self, id: VolumeId, before: Tally) {
         let (map, after) = (&self.map, self.space.tally());
@@ -436,7 +455,7 @@ impl Metadata {
         self.apply(record, prepared, seq)?;
         Ok(match prepared {
             Prepared::Unmap(step) => Some(step.end()),
-            Prepared::Whole => None,
+            Prepared::Whole | Prepared::Remap(_) => None,
         })
     }
 

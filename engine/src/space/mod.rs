@@ -79,6 +79,8 @@ pub(crate) struct SpaceMap {
     cursor: u64,
     /// Blocks set aside for metadata pages.
     metadata: VecDeque<Extent>,
+    /// How many blocks these are.
+    set_aside: u64,
     /// Blocks that a checkpoint's catalog pages may need, which no map change may take.
     kept_back: u64,
     /// Released to count 0 since the last freeze.
@@ -125,6 +127,7 @@ impl SpaceMap {
             usable: 0,
             cursor: 0,
             metadata: VecDeque::new(),
+            set_aside: 0,
             kept_back: 0,
             pending: Vec::new(),
             pending_blocks: 0,
@@ -209,14 +212,9 @@ impl SpaceMap {
         self.kept_back = count;
     }
 
-    fn set_aside_blocks(&self) -> u64 {
-        self.metadata.iter().map(|extent| extent.count).sum()
-    }
-
     /// Blocks that data can still take.
     pub(crate) fn free_for_data(&self) -> u64 {
-        let set_aside = self.set_aside_blocks();
-        (self.available + set_aside).saturating_sub(self.reserve_blocks())
+        (self.available + self.set_aside).saturating_sub(self.reserve_blocks())
     }
 
     /// Blocks that data can take of an empty pool: with a leaf for each 512 of them, and as many again for the copies of
@@ -234,8 +232,7 @@ impl SpaceMap {
 
     /// Blocks neither free nor pending nor set aside, the fixed ones included.
     pub(crate) fn used_blocks(&self) -> u64 {
-        let set_aside = self.set_aside_blocks();
-        self.blocks - self.available - set_aside - self.pending_blocks
+        self.blocks - self.available - self.set_aside - self.pending_blocks
     }
 
     /// What was taken and given up so far.
@@ -274,17 +271,22 @@ impl SpaceMap {
 
     /// The count of a block that something points to: 0 is damage.
     pub(crate) fn referenced(&self, pba: Pba) -> Result<u32, Fault> {
-        match self.count(pba)? {
-            0 => Err(
-                Error::corrupt("a pointer to a block that is counted as free")
-                    .at_pba(pba)
-                    .into(),
-            ),
-            u32::MAX => Err(Error::corrupt("a count that no block can have")
-                .at_pba(pba)
-                .into()),
-            count => Ok(count),
+        let (region, offset) = place(pba);
+        let counted = self.region(region).filter(|_| pba.0 < self.blocks);
+        match counted.and_then(|counted| counted.count(offset)) {
+            Some(count) if (1..u32::MAX).contains(&count) => Ok(count),
+            _ => Err(self.why_not_referenced(pba)),
         }
+    }
+
+    #[cold]
+    fn why_not_referenced(&self, pba: Pba) -> Fault {
+        let fact = match self.count(pba) {
+            Err(fault) => return fault,
+            Ok(0) => "a pointer to a block that is counted as free",
+            Ok(_) => "a count that no block can have",
+        };
+        Error::corrupt(fact).at_pba(pba).into()
     }
 
     fn region(&self, region: u64) -> Option<&Region> {
@@ -411,7 +413,7 @@ impl SpaceMap {
         }
         for pba in extent.blocks() {
             let (region, offset) = place(pba);
-            if !self.region_mut(region).take(offset) {
+            if !self.region_mut(region).take(offset..offset + 1) {
                 return Err(in_use(pba));
             }
             self.available -= 1;

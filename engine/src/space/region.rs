@@ -278,24 +278,21 @@ impl Region {
         if self.loaded.is_some() {
             return Ok(());
         }
-        let mut counts = [0; REGION_LEN];
-        if let Some(low) = low {
-            counts = *low;
+        let mut counts = low.copied().unwrap_or([0; REGION_LEN]);
+        if layout::has_fixed(region, blocks, journal) {
+            for (offset, count) in counts.iter_mut().enumerate() {
+                if !is_usable(region, offset, blocks, journal) {
+                    // Blocks with a fixed use and blocks beyond the end have one owner for ever.
+                    *count = UNUSABLE;
+                }
+            }
         }
         let mut taken = [0; WORDS];
-        let mut free = 0;
-        for (offset, count) in counts.iter_mut().enumerate() {
-            if !is_usable(region, offset, blocks, journal) {
-                // Blocks with a fixed use and blocks beyond the end have one owner for ever.
-                *count = UNUSABLE;
-            }
-            let is_free = *count == 0 && high.is_none_or(|high| high[offset] == 0);
-            if is_free {
-                free += 1;
-            } else {
-                taken[offset / 64] |= 1 << (offset % 64);
-            }
+        for (offset, count) in counts.iter().enumerate() {
+            let is_taken = *count > 0 || high.is_some_and(|high| high[offset] > 0);
+            taken[offset / 64] |= u64::from(is_taken) << (offset % 64);
         }
+        let free: u64 = taken.iter().map(|word| u64::from(word.count_zeros())).sum();
         if free != self.free {
             return Err(Error::corrupt(format!(
                 "count page: {free} free blocks, its index says {}",
@@ -412,6 +409,18 @@ impl Region {
         }
     }
 
+    /// The first owner for each block at `offsets`.
+    pub(crate) fn add_first(&mut self, offsets: Range<usize>) {
+        let loaded = self.loaded_mut();
+        let low = &mut Arc::make_mut(&mut loaded.low)[offsets.clone()];
+        if loaded.high.is_none() && is_each(low, |count| count == 0) {
+            low.fill(1);
+            self.free -= offsets.len() as u64;
+        } else {
+            offsets.for_each(|offset| self.add(offset));
+        }
+    }
+
     pub(crate) fn add(&mut self, offset: usize) {
         let loaded = self.loaded_mut();
         let low = &mut Arc::make_mut(&mut loaded.low)[offset];
@@ -461,15 +470,17 @@ impl Region {
         Some(left)
     }
 
-    /// Takes one free block; false if it is taken.
-    pub(crate) fn take(&mut self, offset: usize) -> bool {
-        let loaded = self.loaded_mut();
-        let (word, bit) = (offset / 64, 1 << (offset % 64));
-        if loaded.taken[word] & bit != 0 {
+    /// Takes free blocks, all of them; false if one is taken.
+    pub(crate) fn take(&mut self, offsets: Range<usize>) -> bool {
+        let count = offsets.len();
+        if self.run_at(offsets.start, count) < count {
             return false;
         }
-        loaded.taken[word] |= bit;
-        self.available -= 1;
+        let loaded = self.loaded_mut();
+        for (word, bits) in words(offsets) {
+            loaded.taken[word] |= bits;
+        }
+        self.available -= count as u64;
         true
     }
 
@@ -551,4 +562,13 @@ const UNUSABLE: u16 = 1;
 /// Whether it `is` so for each count. Looks at all of them, which is faster than to stop at the first that it is not so for.
 fn is_each(counts: &[u16], is: impl Fn(u16) -> bool) -> bool {
     counts.iter().fold(true, |all, count| all & is(*count))
+}
+
+/// The words of a bitmap that `offsets` are in, and their bits there.
+fn words(offsets: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    (offsets.start / 64..offsets.end.div_ceil(64)).map(move |word| {
+        let from = offsets.start.max(word * 64) - word * 64;
+        let to = offsets.end.min(word * 64 + 64) - word * 64;
+        (word, (u64::MAX >> (64 - (to - from))) << from)
+    })
 }

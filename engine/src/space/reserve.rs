@@ -5,8 +5,10 @@
 
 use super::{Fault, Missing, SpaceMap, place};
 use crate::error::{Error, ErrorKind};
+use crate::format::counts::REGION_LEN;
 use crate::format::layout::REGION_BLOCKS;
 use crate::units::{Extent, Pba};
+use std::ops::Range;
 
 /// Metadata pages are handed out from runs of this many blocks, so that a checkpoint writes them together.
 const METADATA_RUN: u64 = 64;
@@ -63,7 +65,7 @@ impl SpaceMap {
 
     /// Refuses where fewer than `count` blocks are left for metadata.
     pub(crate) fn require(&self, count: u64) -> Result<(), Fault> {
-        if self.available + self.set_aside_blocks() < count {
+        if self.available + self.set_aside < count {
             let message = "no space left in the pool, not even in the reserve; remove something";
             return Err(Error::with(ErrorKind::OutOfSpace, message).into());
         }
@@ -73,10 +75,11 @@ impl SpaceMap {
     /// The same for a checkpoint's own pages, which may take what was kept back for them.
     pub(crate) fn set_aside_last(&mut self, count: u64) -> Result<(), Fault> {
         self.require(count)?;
-        while self.set_aside_blocks() < count {
+        while self.set_aside < count {
             let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
             let want = METADATA_RUN.min(self.available);
             let extent = self.take_run(goal, want)?;
+            self.set_aside += extent.count;
             self.metadata.push_back(extent);
         }
         Ok(())
@@ -95,6 +98,7 @@ impl SpaceMap {
         let pba = extent.start;
         extent.start = pba.plus(1);
         extent.count -= 1;
+        self.set_aside -= 1;
         if extent.count == 0 {
             self.metadata.pop_front();
         }
@@ -104,10 +108,12 @@ impl SpaceMap {
         pba
     }
 
-    /// Gives the reserved blocks their first owner.
-    pub(crate) fn publish(&mut self, pba: Pba) {
-        self.tally.taken += 1;
-        self.retain(pba);
+    /// Gives reserved blocks their first owner.
+    pub(crate) fn publish(&mut self, extent: Extent) {
+        self.tally.taken += extent.count;
+        for (region, offsets) in by_region(extent) {
+            self.region_mut(region).add_first(offsets);
+        }
     }
 
     /// Gives a reservation back.
@@ -118,17 +124,11 @@ impl SpaceMap {
 
     /// Lets blocks be taken again; `is_stale`: they may hold room of the device below.
     pub(super) fn set_free(&mut self, extent: Extent, is_stale: bool) {
-        let mut rest = extent;
-        while rest.count > 0 {
-            let (number, offset) = place(rest.start);
-            let count = rest.count.min(REGION_BLOCKS - offset as u64);
+        for (number, offsets) in by_region(extent) {
             let index = usize::try_from(number).unwrap_or(usize::MAX);
             let region = &mut self.regions[index];
-            for (offset, _) in (offset..).zip(0..count) {
-                region.give_back(offset, is_stale);
-            }
+            offsets.for_each(|offset| region.give_back(offset, is_stale));
             self.note_freed(number);
-            rest = Extent::new(rest.start.plus(count), rest.count - count);
         }
         self.available += extent.count;
     }
@@ -141,11 +141,10 @@ impl SpaceMap {
 
     /// Takes blocks that were found free.
     fn take(&mut self, extent: Extent) {
-        for pba in extent.blocks() {
-            let (region, offset) = place(pba);
+        for (region, offsets) in by_region(extent) {
             let index = usize::try_from(region).unwrap_or(usize::MAX);
-            let was_free = self.regions[index].take(offset);
-            assert!(was_free, "{pba} was found free and is taken");
+            let was_free = self.regions[index].take(offsets);
+            assert!(was_free, "{extent:?} was found free and is taken");
         }
         self.available -= extent.count;
     }
@@ -199,4 +198,18 @@ impl SpaceMap {
         }
         Err(Error::new(ErrorKind::OutOfSpace).into())
     }
+}
+
+/// The regions that an extent is in, and its blocks in each.
+fn by_region(extent: Extent) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut rest = extent;
+    std::iter::from_fn(move || {
+        let (region, offset) = place(rest.start);
+        let room = (REGION_LEN - offset) as u64;
+        let count = rest.count.min(room);
+        rest = Extent::new(rest.start.plus(count), rest.count - count);
+        #[expect(clippy::cast_possible_truncation, reason = "less than a region")]
+        let end = offset + count as usize;
+        (count > 0).then_some((region, offset..end))
+    })
 }

@@ -32,10 +32,8 @@ impl SpaceMap {
         }
         let mut extents = Vec::new();
         for (offset, length) in found.take_stale_runs(most) {
-            for at in offset..offset + length {
-                let was_free = found.take(at);
-                assert!(was_free, "a run that was found free is taken");
-            }
+            let was_free = found.take(offset..offset + length);
+            assert!(was_free, "a run that was found free is taken");
             let start = Pba(region * REGION_BLOCKS + offset as u64);
             extents.push(Extent::new(start, length as u64));
         }

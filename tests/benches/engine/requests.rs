@@ -43,6 +43,25 @@ fn lookup_for_write_of_64_blocks(bencher: Bencher<'_, '_>) {
     });
 }
 
+/// Where a random block that a snapshot shares is to be written, and its remap, without the data; each leaf copied at its
+/// first.
+#[divan::bench(threads = [1, 2], sample_count = 100, sample_size = 1000)]
+fn remap_after_snapshot(bencher: Bencher<'_, '_>) {
+    let fixture = Fixture::new().filled();
+    fixture.snapshot();
+    let block = BlockBuf::zeroed(1);
+    bencher.bench(|| {
+        let direct = fixture
+            .volume
+            .direct(Transfer::Write, fixture.random_offset(), 4096);
+        match direct {
+            Some(direct) => assert!(direct.done()),
+            // The first of a region, whose counts are not in memory.
+            None => fixture.write(&block),
+        }
+    });
+}
+
 /// A write of a block that nothing is mapped to.
 #[divan::bench(threads = [1, 2], sample_count = 100, sample_size = 500)]
 fn first_write(bencher: Bencher<'_, '_>) {

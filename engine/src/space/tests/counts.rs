@@ -14,8 +14,8 @@ fn a_count_passes_65535_and_comes_back() {
     let mut pair = Pair::new(1, 4096);
     let pba = pair.space.reserve(Pba(2000), 1).unwrap().start;
     let neighbour = pair.space.reserve(pba.plus(1), 1).unwrap().start;
-    pair.space.publish(pba);
-    pair.space.publish(neighbour);
+    pair.space.publish(Extent::new(pba, 1));
+    pair.space.publish(Extent::new(neighbour, 1));
     pair.at(pba).count = 1;
     pair.at(neighbour).count = 1;
     let available = pair.space.available;
@@ -52,7 +52,7 @@ fn a_count_passes_65535_and_comes_back() {
 fn a_leaf_may_name_one_block_everywhere() {
     let mut space = loaded(4096, Extent::new(Pba(8), 256));
     let pba = space.reserve(Pba(2000), 1).unwrap().start;
-    space.publish(pba);
+    space.publish(Extent::new(pba, 1));
     let leaf = [pba; LEAF_ENTRIES];
     let counts: Vec<u32> = (0..200).map(|leaves| 1 + leaves * 512).collect();
     for count in &counts {
@@ -74,7 +74,7 @@ fn a_leaf_that_names_a_free_block_is_damage() {
     // The last region ends within.
     let mut space = loaded(5000, Extent::new(Pba(8), 256));
     let run = space.reserve(Pba(2000), 8).unwrap();
-    run.blocks().for_each(|pba| space.publish(pba));
+    space.publish(run);
     let end = run.end();
     for leaf in [
         vec![run.start, end],

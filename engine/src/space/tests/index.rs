@@ -4,7 +4,7 @@ use super::{Pair, loaded};
 use crate::format::counts::IndexEntry;
 use crate::format::layout::{self, INDEX_ENTRIES, REGION_BLOCKS};
 use crate::space::{SpaceMap, place};
-use crate::units::{Generation, Pba};
+use crate::units::{Extent, Generation, Pba};
 
 #[test]
 fn the_index_names_no_more_than_there_is() {
@@ -34,7 +34,7 @@ fn index_pages_of_a_large_pool_stand_where_a_loader_looks_for_them() {
     let last = Pba(INDEX_ENTRIES * REGION_BLOCKS + 1500);
     let taken = pair.space.reserve(last, 1).unwrap();
     assert_eq!(taken.start, last);
-    pair.space.publish(last);
+    pair.space.publish(Extent::new(last, 1));
     pair.at(last).count = 1;
     pair.check_reloaded();
     // Only the last region changed since: one page of each level, in the other slot.

@@ -12,7 +12,7 @@ fn written() -> (SpaceMap, Pba) {
     let mut space = loaded(blocks, layout::journal(blocks));
     let pba = Pba(REGION_BLOCKS + 1000);
     space.reserve(pba, 1).unwrap();
-    space.publish(pba);
+    space.publish(Extent::new(pba, 1));
     for region in 0..layout::region_count(blocks) {
         space.mark_dirty(region);
     }
@@ -139,7 +139,7 @@ fn a_region_that_is_free_and_given_back_stands_on_disk_no_more() {
     assert!(space.region_place(1).is_none() && !space.has_vacated());
     // Used again, it is written as if for the first time.
     space.reserve(pba, 1).unwrap();
-    space.publish(pba);
+    space.publish(Extent::new(pba, 1));
     let frozen = space.freeze(Generation(6));
     assert_eq!(frozen.regions[0].region, 1);
     assert_eq!(frozen.regions[0].slot, layout::Slot::A);

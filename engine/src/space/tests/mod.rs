@@ -212,7 +212,7 @@ impl Pair {
             self.at(pba).is_reserved = false;
             if is_published {
                 self.at(pba).count = 1;
-                self.space.publish(pba);
+                self.space.publish(Extent::new(pba, 1));
             }
         }
         if !is_published {
@@ -307,7 +307,7 @@ impl Pair {
     fn take_metadata(&mut self) {
         let count = 1 + self.rng.u64(..100);
         match self.space.set_aside(count) {
-            Ok(()) => assert!(self.space.set_aside_blocks() >= count),
+            Ok(()) => assert!(self.space.set_aside >= count),
             Err(Fault::Error(error)) => assert_eq!(error.kind(), ErrorKind::OutOfSpace),
             Err(fault) => panic!("{fault:?}"),
         }
@@ -317,7 +317,7 @@ impl Pair {
             assert!(block.is_free() || block.is_reserved);
             block.is_reserved = true;
         }
-        for _ in 0..self.rng.u64(..=self.space.set_aside_blocks()) {
+        for _ in 0..self.rng.u64(..=self.space.set_aside) {
             let pba = self.space.take_metadata();
             assert!(self.at(pba).is_reserved);
             *self.at(pba) = Block {
@@ -389,7 +389,7 @@ impl Pair {
             self.blocks.iter().filter(|block| test(block)).count() as u64
         };
         let free = number(&|block| block.is_free());
-        let aside = self.space.set_aside_blocks();
+        let aside = self.space.set_aside;
         let kept = self.space.reserve_blocks();
         assert_eq!(self.space.available, free);
         assert_eq!(
@@ -476,7 +476,7 @@ fn space_that_grew_equals_space_made_that_large() {
         assert_eq!(space.available, 0);
         let free = made.available;
         space.grow(after - 1);
-        assert_eq!((space.blocks(), space.set_aside_blocks()), (after, free));
+        assert_eq!((space.blocks(), space.set_aside), (after, free));
     }
 }
 

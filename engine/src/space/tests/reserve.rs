@@ -14,7 +14,7 @@ fn what_the_journal_maps_is_claimed_once() {
     pair.space.claim(extent).unwrap();
     assert_eq!(pair.space.available, before - 10);
     assert!(pair.space.claim(Extent::new(Pba(2509), 2)).is_err());
-    pair.space.publish(Pba(2500));
+    pair.space.publish(Extent::new(Pba(2500), 1));
     assert!(pair.space.claim(Extent::new(Pba(2500), 1)).is_err());
     let aside = pair.space.reserve(Pba(2500), 1).unwrap();
     assert!(aside.start.0 < 2500 || aside.start.0 >= 2510);
@@ -51,6 +51,7 @@ fn full_but(free: &[u64]) -> SpaceMap {
     let mut space = loaded(8192, layout::journal(8192));
     space.set_aside_last(space.available).unwrap();
     space.metadata.clear();
+    space.set_aside = 0;
     for pba in free {
         space.set_free(Extent::new(Pba(*pba), 1), false);
     }

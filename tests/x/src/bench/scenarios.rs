@@ -17,7 +17,7 @@ pub(super) const NAMES: [&str; 6] = [
     "fragmentation",
 ];
 
-/// How long the delayed device takes for a flush, in milliseconds.
+/// How long the delayed device is told to take for a flush, in milliseconds.
 const FLUSH_MS: f64 = 20.0;
 
 /// A bound of a figure.
@@ -41,7 +41,7 @@ struct Row {
 #[derive(Debug, Default)]
 pub(super) struct Figures(BTreeMap<String, Vec<f64>>);
 
-const ROWS: [Row; 22] = [
+const ROWS: [Row; 23] = [
     row(
         "longest 4k write in a second with a snapshot in it, depth 32",
         |figures| figures.ms("longest-write-with-snapshot-us"),
@@ -95,14 +95,15 @@ const ROWS: [Row; 22] = [
         "ms",
     ),
     row(
-        "`rollback` of an attached volume, beyond `list` and one flush of 20 ms",
+        "`rollback` of an attached volume, beyond `list` and one flush",
         |figures| {
             let spent = figures.ms("rollback-slow-flush-us")? - figures.ms("list-slow-flush-us")?;
-            Some(spent - FLUSH_MS)
+            Some(spent - flush_ms(figures)?)
         },
         Bound::AtMost(2.0),
         "ms",
     ),
+    row("that flush, by itself", flush_ms, Bound::None, "ms"),
     row(
         "64 volumes at once, against one with 64 jobs",
         |figures| figures.ratio("64-volumes", "one-volume-64-jobs"),
@@ -194,6 +195,12 @@ const ROWS: [Row; 22] = [
         "times",
     ),
 ];
+
+/// How long a flush of the delayed device takes that comes at any time. It ends with a tick of the guest's clock, so one
+/// right after another takes all of [`FLUSH_MS`], and this a little less.
+fn flush_ms(figures: &Figures) -> Option<f64> {
+    Some(figures.ms("flush-us")? - figures.ms("no-flush-us")?)
+}
 
 const fn row(
     what: &'static str,

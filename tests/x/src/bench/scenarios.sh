@@ -64,7 +64,6 @@ fork_to_usable() {
     timed clone-us ublkctl clone bench/v@s "bench/c$turn"
     timed attach-us ublkctl attach "bench/c$turn" --queues 2 --depth 128
     timed list-us ublkctl list bench
-    timed rollback-us ublkctl rollback bench/v@s
   done
   end_pool
   for turn in $TURNS; do
