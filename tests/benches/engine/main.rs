@@ -6,6 +6,7 @@
 mod commands;
 mod fixture;
 mod memory;
+mod order;
 mod requests;
 
 #[global_allocator]
