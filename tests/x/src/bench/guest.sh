@@ -16,7 +16,13 @@ rublk_open() {
   while [ ! -b $DEVICE ]; do sleep 0.1; done
   SERVER=$(pidof rublk | tr ' ' '\n' | tail -n 1)
 }
-rublk_close() { "$RUBLK" del -n 0 >/run/rublk.log 2>&1; }
+# Now and then it fails after the device is gone.
+rublk_close() {
+  "$RUBLK" del -n 0 >/run/rublk.log 2>&1 || {
+    sleep 1
+    [ ! -b /dev/ublkb0 ] || "$RUBLK" del -n 0
+  }
+}
 null_open() { rublk_open null; }
 null_close() { rublk_close; }
 loop_open() { rublk_open loop -f /dev/ram0; }
@@ -89,6 +95,8 @@ qcow2_connect() {
 qcow2_disconnect() {
   qemu-nbd --disconnect /dev/nbd0 >/dev/null
   while [ "$(cat /sys/block/nbd0/size)" != 0 ]; do sleep 0.1; done
+  # The program has its files open a little longer.
+  while pidof qemu-nbd >/dev/null; do sleep 0.1; done
 }
 qcow2_open() {
   modprobe nbd

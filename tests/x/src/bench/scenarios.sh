@@ -31,6 +31,14 @@ end_pool() {
   ublkctl pool destroy bench --force
 }
 
+# Now and then it fails after the device is gone.
+end_loop() {
+  /root/rublk del -n 0 >/run/said 2>&1 || {
+    sleep 1
+    [ ! -b /dev/ublkb0 ] || /root/rublk del -n 0 >/run/said
+  }
+}
+
 # The longest write in a second: by itself, with a snapshot in it, and with a command that only asks the daemon, since
 # whatever runs takes processors from the job.
 stall() {
@@ -68,7 +76,7 @@ fork_to_usable() {
   end_pool
   for turn in $TURNS; do
     timed loop-add-us /root/rublk add loop -z -f /dev/ram0 -n 0 -q 2 -d 128 --quiet
-    /root/rublk del -n 0 >/run/said
+    end_loop
   done
 }
 
@@ -88,6 +96,9 @@ delayed() {
 }
 # Blocks of 4 KiB that the device was given, and its flushes, so far: fields 7 and 16 of its stat file.
 below() { awk '{ print $7 / 8, $16 }' /sys/block/$cached/stat; }
+# The delayed device answers with a tick of the clock, of which there are 250 a second: so that each turn begins at another
+# time between two of them.
+stagger() { sleep "0.10$((turn * 8))"; }
 slow_flushes() {
   delayed
   pool /dev/mapper/delayed
@@ -97,10 +108,12 @@ slow_flushes() {
   for turn in $TURNS; do
     timed snapshot-slow-flush-us ublkctl snapshot "bench/v@s$turn"
     dd if=/dev/zero of="$device" bs=4k count=64 oflag=direct conv=notrunc,fsync status=none
+    stagger
     timed rollback-slow-flush-us ublkctl rollback "bench/v@s$turn"
     # What is left to do in the background is done before the next turn.
     sleep 3
     timed list-slow-flush-us ublkctl list bench
+    stagger
     timed flush-us dd if=/dev/zero of=/dev/mapper/delayed bs=4k count=0 conv=notrunc,fsync status=none
     timed no-flush-us dd if=/dev/zero of=/dev/ram0 bs=4k count=0 conv=notrunc,fsync status=none
   done
@@ -134,7 +147,7 @@ slow_flushes() {
   shift
   echo "@figure slow-flush-loop-z-1-job $(fio_minimal --name=one --filename=/dev/ublkb0 "$@" | rate)"
   echo "@figure slow-flush-loop-z-8-jobs $(fio_minimal --name=eight --filename=/dev/ublkb0 --numjobs=8 "$@" | rate)"
-  /root/rublk del -n 0 >/run/said
+  end_loop
   dmsetup remove delayed
 }
 
@@ -179,7 +192,7 @@ system_calls() {
     SERVER=$(pidof rublk | tr ' ' '\n' | tail -n 1)
     NAME=calls-loop-z-read calls --name=read --rw=randread --time_based --runtime=1
     NAME=calls-loop-z-overwrite calls --name=write --rw=randwrite --time_based --runtime=1
-    /root/rublk del -n 0 >/run/said
+    end_loop
     pool /dev/ram0
     ublkctl create bench/v --size 256M
     DEVICE=$(ublkctl attach bench/v --queues 2 --depth 128)
