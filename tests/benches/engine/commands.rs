@@ -101,6 +101,7 @@ fn open_a_closed_pool(bencher: Bencher<'_, '_>) {
     bencher
         .with_inputs(|| {
             let fixture = Fixture::new().filled();
+            fixture.volume.detach();
             block_on(fixture.pool.close(&fixture.file)).unwrap();
             fixture.killed()
         })
