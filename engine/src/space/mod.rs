@@ -79,7 +79,7 @@ pub(crate) struct SpaceMap {
     cursor: u64,
     /// Blocks set aside for metadata pages.
     metadata: VecDeque<Extent>,
-    /// How many blocks these are.
+    /// How many blocks these are; each write asks.
     set_aside: u64,
     /// Blocks that a checkpoint's catalog pages may need, which no map change may take.
     kept_back: u64,
