@@ -212,10 +212,11 @@ impl Pair {
             self.at(pba).is_reserved = false;
             if is_published {
                 self.at(pba).count = 1;
-                self.space.publish(Extent::new(pba, 1));
             }
         }
-        if !is_published {
+        if is_published {
+            self.space.publish(extent);
+        } else {
             for pba in extent.blocks() {
                 self.at(pba).is_stale = true;
             }
