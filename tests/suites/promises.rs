@@ -2,6 +2,7 @@
 
 use blockfork::device::BlockBuf;
 use blockfork::error::ErrorKind;
+use blockfork::pool::{Redirect, VolumeOptions};
 use blockfork_tests::fixture::{attach, open, path, pool, put, reclaim, stamp, volume};
 use blockfork_tests::sim_device::{Loss, SimDevice};
 use fastrand::Rng;
@@ -384,4 +385,44 @@ fn a_hold_is_durable_when_it_is_answered_and_whole_whenever_the_power_goes() {
         assert_eq!((report.damage, report.leaked_blocks), (Vec::new(), 0));
     }
     assert!(answered > 0 && came_early > 0, "{answered}, {came_early}");
+}
+
+#[test]
+fn what_a_shrink_cut_off_is_gone_once_the_size_is_durable() {
+    let (old, new) = (2 * 4096, 4096 + 3 * 512);
+    // Which call to the device is the first after the power goes, and what of the unflushed is lost.
+    for (calls, seed) in (0..12).flat_map(|calls| (0..16).map(move |seed| (calls, seed))) {
+        let (device, pool) = pool(4096);
+        let options = VolumeOptions {
+            bytes: old,
+            sector_bytes: 512,
+            redirect: Redirect::Shared,
+        };
+        let name = "a".parse().unwrap();
+        block_on(pool.create_volume(&device, &name, options)).unwrap();
+        put(&device, &attach(&pool, "a"), 0, 2, 1).unwrap();
+        block_on(pool.flush(&device)).unwrap();
+        device.fail_after(calls);
+        let is_done = block_on(pool.resize(&device, &name, new, true)).is_ok();
+        drop(pool);
+        let loss = if seed == 0 { Loss::All } else { Loss::Some };
+        device.restart(loss, &mut Rng::with_seed(seed));
+        let pool = open(&device).unwrap();
+        if attach(&pool, "a").bytes() == old {
+            assert!(
+                !is_done,
+                "after {calls} calls, seed {seed}: the size came back"
+            );
+            continue;
+        }
+        block_on(pool.resize(&device, &name, old, false)).unwrap();
+        let mut buffer = BlockBuf::zeroed(2);
+        block_on(attach(&pool, "a").read(&device, 0, &mut buffer)).unwrap();
+        let (kept, cut_off) = buffer.split_at(usize::try_from(new).unwrap());
+        assert!(kept.iter().all(|byte| *byte == 1));
+        assert!(
+            cut_off.iter().all(|byte| *byte == 0),
+            "after {calls} calls, seed {seed}: old bytes are back"
+        );
+    }
 }

@@ -99,18 +99,19 @@ fn is_id(id: VolumeId) -> bool {
 }
 
 impl Record {
-    /// Whether this must not be durable before the data that was written before it: it names blocks with data, or it
-    /// says at what moment a volume is kept.
+    /// Whether this must not be durable before the data that was written before it: it names blocks with data, it says
+    /// at what moment a volume is kept, or it cuts off bytes that were zeroed in place before.
     pub(crate) fn relies_on_data(&self) -> bool {
         match self {
-            Self::Map { .. } | Self::Snapshot { .. } | Self::Grow { .. } => true,
+            Self::Map { .. } | Self::Snapshot { .. } | Self::Grow { .. } | Self::Resize { .. } => {
+                true
+            }
             Self::Unmap { .. }
             | Self::Create { .. }
             | Self::Clone { .. }
             | Self::Rollback { .. }
             | Self::Remove { .. }
             | Self::Rename { .. }
-            | Self::Resize { .. }
             | Self::Hold { .. }
             | Self::Release { .. }
             | Self::SetProperty { .. } => false,
