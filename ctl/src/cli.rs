@@ -109,14 +109,15 @@ pub(crate) enum Command {
     Release(Hold),
     /// Remove the snapshots of a volume that no rule keeps
     ///
-    /// Time is cut into hours, days, ISO weeks (from Monday), months and years of the UTC calendar. Of each, the newest
-    /// snapshot made in it stands for it. --keep-daily 7 keeps those that stand for the 7 most recent days in which
+    /// Time is cut into hours, days, ISO weeks (from Monday), months and years of the UTC calendar. Of each, the snapshot
+    /// that was taken last in it stands for it. --keep-daily 7 keeps those that stand for the 7 most recent days in which
     /// there was a snapshot at all; days without one do not count. The other rules do the same for their unit, and
-    /// --keep-last 10 keeps the 10 newest snapshots. Each rule looks at all snapshots, whatever the others keep, and a
-    /// snapshot is kept if any rule keeps it.
+    /// --keep-last 10 keeps the 10 snapshots that were taken last. Each rule looks at all snapshots, whatever the others
+    /// keep, and a snapshot is kept if any rule keeps it.
     ///
-    /// Snapshots that are held or attached are kept too, and count for the rules like any other. All that is not kept is
-    /// removed together, or nothing is.
+    /// Snapshots that are held or attached are kept too, and count for the rules like any other. Snapshots that are dated
+    /// in the future are kept, but do not count for any rule; a warning names them. All that is not kept is removed
+    /// together, or nothing is.
     Prune(Prune),
     /// Draw who was cloned from what: volumes, below them their snapshots by age, below a snapshot its clones
     ///
@@ -385,7 +386,7 @@ pub(crate) struct Prune {
     /// POOL/VOLUME
     #[arg(value_name = "POOL/VOLUME", value_parser = volume_target)]
     pub(crate) volume: PathTarget,
-    /// Keep the newest snapshots
+    /// Keep the snapshots that were taken last
     #[arg(long, value_name = "N", group = "rules", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) keep_last: Option<u32>,
     /// Keep the newest of each of so many hours

@@ -32,12 +32,16 @@ impl Format {
         }
     }
 
-    /// A moment: its age for people, seconds since the epoch for scripts.
+    /// A moment: its age for people, seconds since the epoch for scripts. A moment in the future shows as `in 17y`.
     pub(crate) fn moment(self, at: Timestamp, now: Timestamp) -> String {
         if self.parsable {
-            (at.0 / 1_000_000_000).to_string()
-        } else {
-            age(now.0.saturating_sub(at.0))
+            return (at.0 / 1_000_000_000).to_string();
+        }
+        match at.0.checked_sub(now.0) {
+            // Clocks are adjusted by fractions of a second all the time.
+            Some(ahead @ 1_000_000_000..) => format!("in {}", age(ahead)),
+            Some(_) => age(0),
+            None => age(now.0 - at.0),
         }
     }
 
@@ -259,6 +263,9 @@ mod tests {
         assert_eq!(format.moment(Timestamp(0), Timestamp(59 * second)), "59s");
         assert_eq!(format.moment(Timestamp(0), Timestamp(7300 * second)), "2h");
         assert_eq!(format.moment(Timestamp(5), Timestamp(0)), "0s");
+        let years = 17 * 31_536_000 * second;
+        assert_eq!(format.moment(Timestamp(years), Timestamp(0)), "in 17y");
+        assert_eq!(format.moment(Timestamp(second), Timestamp(0)), "in 1s");
         assert_eq!(format.duration(1_500), "1us");
         assert_eq!(format.duration(2_000_000), "2ms");
     }

@@ -235,12 +235,15 @@ pub(crate) struct Judged {
     pub(crate) holds: Vec<Name>,
     /// Whether it is attached, which keeps it.
     pub(crate) attached: bool,
+    /// Whether it is dated in the future, which keeps it and makes every rule pass it over.
+    #[serde(default)]
+    pub(crate) in_future: bool,
 }
 
 impl Judged {
     /// Whether anything keeps it.
     pub(crate) fn is_kept(&self) -> bool {
-        self.attached || !self.rules.is_empty() || !self.holds.is_empty()
+        self.attached || self.in_future || !self.rules.is_empty() || !self.holds.is_empty()
     }
 }
 

@@ -1,21 +1,26 @@
-//! Which snapshots of a volume a retention policy keeps: a pure rule over when they were made.
+//! Which snapshots of a volume a retention policy keeps: a pure rule over their order and the moments they are dated.
 //!
-//! Time is cut into buckets: hours, days, ISO weeks (from Monday), months and years of the UTC calendar. Of each bucket
-//! the newest snapshot stands for it. A rule keeps those that stand for the most recent buckets that have any, as many
-//! as it says; buckets without a snapshot do not count. `last` keeps the newest snapshots themselves. What any rule
-//! keeps is kept.
+//! Time is cut into buckets: hours, days, ISO weeks (from Monday), months and years of the UTC calendar. In each bucket
+//! the snapshot that was taken last stands for the bucket. A rule keeps the snapshots that stand for its most recent
+//! buckets, as many as the policy says; buckets without a snapshot do not count. `last` keeps the snapshots that were
+//! taken last. A snapshot is kept if any rule keeps it.
+//!
+//! Invariant: a wrong clock never makes a snapshot go. "Taken last" is the order of creation, not of dates, and no rule
+//! counts a snapshot that is dated in the future, because such a snapshot would stand for the most recent bucket for
+//! years. The caller keeps those.
 
 use blockfork::units::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// How many snapshots each rule keeps; 0 switches it off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Policy {
-    /// The newest.
+    /// The snapshots that were taken last.
     pub(crate) last: u32,
     /// The newest of an hour.
     pub(crate) hourly: u32,
@@ -79,25 +84,25 @@ impl Policy {
     }
 }
 
-/// For each snapshot, given by when it was made, the rules that keep it; one that has none may go. Of snapshots that
-/// were made in the same moment, those named later are the newer ones.
-pub(crate) fn kept_by(policy: Policy, created: &[Timestamp]) -> Vec<Vec<Rule>> {
-    let mut newest_first: Vec<(Timestamp, usize)> = created.iter().copied().zip(0..).collect();
-    newest_first.sort_unstable_by(|a, b| b.cmp(a));
+/// Whether a snapshot carries a date that has not come yet: the clock was wrong when it was taken, or is wrong now.
+pub(crate) fn is_in_future(created: Timestamp, now: Timestamp) -> bool {
+    created > now
+}
+
+/// For each snapshot of a volume, given by its date and in the order of creation, the rules that keep it. No rule keeps
+/// or counts a snapshot that is dated in the future.
+pub(crate) fn kept_by(policy: Policy, created: &[Timestamp], now: Timestamp) -> Vec<Vec<Rule>> {
     let mut kept = vec![Vec::new(); created.len()];
     for (rule, count) in policy.rules() {
-        let mut left = count;
-        let mut before = None;
-        for (at, index) in &newest_first {
-            if left == 0 {
-                break;
+        // A later snapshot takes the place of an earlier one of the same bucket.
+        let mut newest_of: BTreeMap<Bucket, usize> = BTreeMap::new();
+        for (index, at) in created.iter().enumerate() {
+            if !is_in_future(*at, now) {
+                newest_of.insert(bucket(rule, *at, index), index);
             }
-            let bucket = bucket(rule, *at, *index);
-            // They come in the order of time, so a bucket's snapshots stand together, its newest first.
-            if before.replace(bucket) == Some(bucket) {
-                continue;
-            }
-            left -= 1;
+        }
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        for index in newest_of.values().rev().take(count) {
             if let Some(rules) = kept.get_mut(*index) {
                 rules.push(rule);
             }
@@ -114,8 +119,11 @@ pub(crate) fn utc(at: Timestamp) -> DateTime {
     TimeZone::UTC.to_datetime(timestamp)
 }
 
-/// What names the bucket of a snapshot, among those of one rule.
-fn bucket(rule: Rule, at: Timestamp, index: usize) -> (i64, i64) {
+/// What tells the buckets of one rule apart; a greater one is more recent.
+type Bucket = (i64, i64);
+
+/// The bucket of a snapshot. For `last` each snapshot is a bucket of its own.
+fn bucket(rule: Rule, at: Timestamp, index: usize) -> Bucket {
     let moment = utc(at);
     let (year, month) = (i64::from(moment.year()), i64::from(moment.month()));
     let day = i64::from(moment.day_of_year());
@@ -136,7 +144,6 @@ fn bucket(rule: Rule, at: Timestamp, index: usize) -> (i64, i64) {
 mod tests {
     use super::*;
     use fastrand::Rng;
-    use std::collections::BTreeMap;
 
     const SECOND: u64 = 1_000_000_000;
     const HOUR: u64 = 3600 * SECOND;
@@ -147,14 +154,24 @@ mod tests {
         Timestamp(u64::try_from(moment.as_nanosecond()).unwrap())
     }
 
-    /// The snapshots, oldest first, and what keeps each: `2026-01-31T10:00:00Z` and so on.
+    /// A moment after every date that the tests use, except the ones that are meant to be in the future.
+    const NOW: Timestamp = Timestamp(u64::MAX);
+
+    /// What keeps each of these snapshots, given in the order of creation: `2026-01-31T10:00:00Z` and so on.
     fn told(policy: Policy, created: &[&str]) -> Vec<String> {
+        told_at(NOW, policy, created)
+    }
+
+    fn told_at(now: Timestamp, policy: Policy, created: &[&str]) -> Vec<String> {
         let moments: Vec<Timestamp> = created.iter().map(|text| at(text)).collect();
         let words = |rules: Vec<Rule>| {
             let words: Vec<String> = rules.iter().map(ToString::to_string).collect();
             words.join(",")
         };
-        kept_by(policy, &moments).into_iter().map(words).collect()
+        kept_by(policy, &moments, now)
+            .into_iter()
+            .map(words)
+            .collect()
     }
 
     #[test]
@@ -248,18 +265,47 @@ mod tests {
     }
 
     #[test]
-    fn the_order_in_which_snapshots_are_named_decides_only_within_a_moment() {
+    fn the_order_of_creation_says_which_snapshot_is_the_last() {
         let policy = Policy {
             last: 1,
+            daily: 1,
             ..Policy::default()
         };
         let (early, late) = ("2026-03-01T10:00:00Z", "2026-03-01T11:00:00Z");
-        assert_eq!(told(policy, &[late, early]), ["last", ""]);
-        assert_eq!(told(policy, &[late, late]), ["", "last"]);
-        assert!(kept_by(policy, &[]).is_empty());
+        // The clock was set back between the two.
+        assert_eq!(told(policy, &[late, early]), ["", "last,daily"]);
+        assert_eq!(told(policy, &[late, late]), ["", "last,daily"]);
+        assert!(kept_by(policy, &[], NOW).is_empty());
         assert!(Policy::default().rules().iter().all(|(_, n)| *n == 0));
         assert!(policy.keeps_something() && !Policy::default().keeps_something());
         assert_eq!(told(Policy::default(), &[early, late]), ["", ""]);
+    }
+
+    #[test]
+    fn a_snapshot_that_is_dated_in_the_future_counts_for_no_rule() {
+        let policy = Policy {
+            last: 2,
+            hourly: 1,
+            daily: 2,
+            yearly: 1,
+            ..Policy::default()
+        };
+        let created = [
+            "2026-03-01T10:00:00Z",
+            "2043-01-01T00:00:00Z",
+            "2043-01-02T00:00:00Z",
+            "2026-03-02T10:00:00Z",
+            "2026-03-03T10:00:00Z",
+        ];
+        let now = at("2026-03-03T10:00:00Z");
+        let expected = ["", "", "", "last,daily", "last,hourly,daily,yearly"];
+        assert_eq!(told_at(now, policy, &created), expected);
+        // A clock that stands before all of them keeps everything away from the rules.
+        assert_eq!(told_at(Timestamp(0), policy, &created), [""; 5]);
+        // When their date has come, they are snapshots as any other.
+        let later = at("2043-01-02T00:00:00Z");
+        let expected = ["", "daily", "hourly,daily,yearly", "last", "last"];
+        assert_eq!(told_at(later, policy, &created), expected);
     }
 
     #[test]
@@ -270,7 +316,7 @@ mod tests {
             weekly: 2,
             ..Policy::default()
         };
-        let kept = kept_by(policy, &[Timestamp(0), Timestamp(u64::MAX)]);
+        let kept = kept_by(policy, &[Timestamp(0), Timestamp(u64::MAX)], NOW);
         assert_eq!(kept, [[Rule::Weekly], [Rule::Weekly]]);
     }
 
@@ -304,7 +350,7 @@ mod tests {
             month += 1;
         }
         match rule {
-            Rule::Last => at,
+            Rule::Last => panic!("it has no calendar"),
             Rule::Hourly => at / HOUR,
             Rule::Daily => at / DAY,
             // 1970 began on a Thursday.
@@ -314,22 +360,32 @@ mod tests {
         }
     }
 
-    /// Which moments are kept, by the words of the manual: all buckets, then the most recent of them.
-    fn naive(policy: Policy, created: &[u64]) -> Vec<Vec<Rule>> {
-        let mut kept = vec![Vec::new(); created.len()];
-        for (rule, count) in policy.rules() {
-            let mut buckets: BTreeMap<u64, usize> = BTreeMap::new();
-            for (index, at) in created.iter().enumerate() {
-                let newest = buckets.entry(naive_bucket(rule, *at)).or_insert(index);
-                if created[*newest] < *at {
-                    *newest = index;
-                }
+    /// Which snapshots are kept, by the words of the manual, one question after the other.
+    fn naive(policy: Policy, created: &[u64], now: u64) -> Vec<Vec<Rule>> {
+        let counts = |index: &usize| created[*index] <= now;
+        let bucket = |rule, index: usize| {
+            if rule == Rule::Last {
+                return index as u64;
             }
-            for index in buckets.values().rev().take(count as usize) {
-                kept[*index].push(rule);
-            }
-        }
-        kept
+            naive_bucket(rule, created[index])
+        };
+        let stands = |rule, index: usize| {
+            let mut later = (index + 1..created.len()).filter(counts);
+            counts(&index) && later.all(|other| bucket(rule, other) != bucket(rule, index))
+        };
+        let keeps = |rule, count: u32, index: usize| {
+            let newer = (0..created.len())
+                .filter(|other| stands(rule, *other) && bucket(rule, *other) > bucket(rule, index));
+            stands(rule, index) && newer.count() < count as usize
+        };
+        let rules = policy.rules();
+        let kept_by = |index| {
+            let keeping = rules
+                .iter()
+                .filter(|(rule, count)| keeps(*rule, *count, index));
+            keeping.map(|(rule, _)| *rule).collect()
+        };
+        (0..created.len()).map(kept_by).collect()
     }
 
     #[test]
@@ -341,9 +397,11 @@ mod tests {
             let mut created: Vec<u64> = (0..rng.usize(..60))
                 .map(|_| first + rng.u64(..spread))
                 .collect();
-            created.sort_unstable();
-            created.dedup();
-            rng.shuffle(&mut created);
+            // Sometimes the clock ran as it should; sometimes it jumped.
+            if rng.bool() {
+                created.sort_unstable();
+            }
+            let now = first + rng.u64(..spread + spread / 2);
             let mut count = || [0, 1, 2, 5, 100][rng.usize(..5)];
             let policy = Policy {
                 last: count(),
@@ -354,8 +412,9 @@ mod tests {
                 yearly: count(),
             };
             let moments: Vec<Timestamp> = created.iter().copied().map(Timestamp).collect();
-            let (found, expected) = (kept_by(policy, &moments), naive(policy, &created));
-            assert_eq!(found, expected, "seed {seed}: {policy:?} {created:?}");
+            let found = kept_by(policy, &moments, Timestamp(now));
+            let expected = naive(policy, &created, now);
+            assert_eq!(found, expected, "seed {seed}: {policy:?} {now} {created:?}");
         }
     }
 }

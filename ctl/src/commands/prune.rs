@@ -6,7 +6,7 @@ use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Judged, Pruned, Reply, Request};
 use crate::retention::{Policy, utc};
 use blockfork::error::Result;
-use blockfork::name::Name;
+use blockfork::name::{Name, VolumePath};
 use blockfork::units::Timestamp;
 use serde::Serialize;
 
@@ -51,6 +51,9 @@ pub(super) fn prune(options: &Prune) -> Result<()> {
     };
     let goes = pruned.snapshots.iter().filter(|judged| !judged.is_kept());
     let removed = goes.count() as u64;
+    if let Some(line) = warning(pool, path, &pruned.snapshots) {
+        output::say(&line);
+    }
     if options.format.json {
         let shown = |judged| ShownSnapshot {
             name: name(pool, judged),
@@ -114,13 +117,39 @@ fn moment(at: Timestamp, format: Format) -> String {
     }
 }
 
+/// The most snapshots that the warning names; `-n` shows all of them.
+const NAMED_MAX: usize = 16;
+
+/// The warning that names the snapshots that no rule looked at, if there are any.
+fn warning(pool: &Name, volume: &VolumePath, snapshots: &[Judged]) -> Option<String> {
+    let in_future: Vec<&Judged> = snapshots.iter().filter(|judged| judged.in_future).collect();
+    let dated = |judged: &&Judged| {
+        let date = moment(judged.created, Format::default());
+        format!("{} ({date})", name(pool, judged))
+    };
+    let mut named: Vec<String> = in_future.iter().take(NAMED_MAX).map(dated).collect();
+    if in_future.len() > NAMED_MAX {
+        named.push(format!("and {} more", in_future.len() - NAMED_MAX));
+    }
+    let line = || {
+        format!(
+            "{pool}/{volume}: snapshots are dated in the future, so no rule counts them and they are kept: {}; \
+             the clock was wrong when they were taken, or is wrong now; `ublkctl rm` removes them",
+            named.join(", ")
+        )
+    };
+    (!in_future.is_empty()).then(line)
+}
+
 fn why(judged: &Judged) -> String {
     let rules = judged.rules.iter().map(ToString::to_string);
     let holds = judged.holds.iter().map(|tag| format!("held by {tag}"));
     let attached = judged.attached.then(|| "attached".to_owned());
+    let in_future = judged.in_future.then(|| "dated in the future".to_owned());
     rules
         .chain(holds)
         .chain(attached)
+        .chain(in_future)
         .collect::<Vec<_>>()
         .join(", ")
 }

@@ -5,6 +5,7 @@ use crate::devices::Devices;
 use crate::exit_code::one_line;
 use crate::protocol::{Judged, Pruned, Reply, Resized};
 use crate::retention::{self, Policy, Rule};
+use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::OutlineEntry;
@@ -72,10 +73,12 @@ impl Host {
         let devices = self.devices();
         let found = self.pool.snapshots_of(volume)?;
         let created: Vec<Timestamp> = found.iter().map(|entry| entry.created).collect();
-        let kept = retention::kept_by(policy, &created);
+        let now = SystemClock::new().now();
+        let kept = retention::kept_by(policy, &created, now);
         let judged = |(entry, rules): (OutlineEntry, Vec<Rule>)| Judged {
             attached: devices.find(&entry.path).is_some()
                 || devices.exports().find(&entry.path).is_some(),
+            in_future: retention::is_in_future(entry.created, now),
             path: entry.path,
             created: entry.created,
             rules,

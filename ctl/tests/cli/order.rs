@@ -296,6 +296,66 @@ fn each_rule_looks_at_its_own_calendar() {
 }
 
 #[test]
+fn a_clock_that_stood_in_the_future_makes_no_correct_snapshot_go() {
+    let machine = machine(&["a", "x", "y", "b", "c"]);
+    let (sunday, in_2043) = (20_513, 26_700);
+    redate(
+        &machine,
+        &[
+            ("a", sunday, 10),
+            ("x", in_2043, 10),
+            ("y", in_2043 + 1, 10),
+            // The clock was set back by an hour, too.
+            ("b", sunday + 1, 11),
+            ("c", sunday + 1, 10),
+        ],
+    );
+    let names = "p0/v@x (2043-02-07 10:00:00 UTC), p0/v@y (2043-02-08 10:00:00 UTC)";
+    let warned = |words: &[&str]| {
+        let said = machine.run(words);
+        assert_eq!(said.code, 0, "{said:?}");
+        assert_eq!(said.stderr.lines().count(), 1, "{said:?}");
+        assert!(said.stderr.contains(names), "{said:?}");
+        said.stdout
+    };
+    let rules = ["prune", "p0/v", "--keep-last", "2", "--keep-daily", "1"];
+    let table = warned(&[&rules[..], &["-n", "-H"]].concat());
+    let whys: Vec<&str> = table
+        .lines()
+        .filter_map(|line| line.rsplit('\t').next())
+        .collect();
+    let future = "dated in the future";
+    assert_eq!(whys, ["-", future, future, "last", "last, daily"]);
+    let shown = warned(&[&rules[..], &["-n", "--json"]].concat());
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    let of_x = &shown["snapshots"][1];
+    assert_eq!(
+        (&of_x["kept"], &of_x["in_future"], &of_x["rules"]),
+        (&json!(true), &json!(true), &json!([]))
+    );
+    assert_eq!(warned(&rules), "p0/v: removed 1 of 5 snapshots\n");
+    // In the order of creation, whatever the dates.
+    assert_eq!(
+        machine.names(),
+        ["p0/v", "p0/v@x", "p0/v@y", "p0/v@b", "p0/v@c"]
+    );
+    let ages = machine.ok(&["list", "-H", "-o", "name,created", "p0"]);
+    let age = |name: &str| {
+        let line = ages.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split('\t').nth(1))
+    };
+    let in_years = |age: &str| age.starts_with("in ") && age.ends_with('y');
+    assert!(age("p0/v@x").is_some_and(in_years), "{ages}");
+    assert!(
+        age("p0/v@b").is_some_and(|age| !age.starts_with("in")),
+        "{ages}"
+    );
+    machine.ok(&["rm", "p0/v@x", "p0/v@y"]);
+    let said = machine.run(&rules);
+    assert_eq!((said.code, said.stderr.as_str()), (0, ""), "{said:?}");
+}
+
+#[test]
 fn a_prune_wants_a_rule_and_a_volume() {
     let machine = machine(&["a"]);
     for (code, words, named) in [
