@@ -246,28 +246,34 @@ fn shown(name: &OsStr) -> String {
 }
 
 /// The fields of a line of `mountinfo` that matter here.
-struct Mount<'a> {
-    number: &'a str,
-    at: &'a str,
-    source: &'a str,
+pub(super) struct Mount<'a> {
+    pub(super) id: u64,
+    pub(super) number: &'a str,
+    pub(super) at: &'a str,
+    pub(super) kind: &'a str,
+    pub(super) source: &'a str,
 }
 
 impl<'a> Mount<'a> {
-    fn parse(line: &'a str) -> Option<Self> {
+    pub(super) fn parse(line: &'a str) -> Option<Self> {
         let (head, tail) = line.split_once(" - ")?;
-        let mut head = head.split(' ').skip(2);
-        let number = head.next()?;
+        let mut head = head.split(' ');
+        let id = head.next()?.parse().ok()?;
+        let number = head.nth(1)?;
         let at = head.nth(1)?;
+        let mut tail = tail.split(' ');
         Some(Self {
+            id,
             number,
             at,
-            source: tail.split(' ').nth(1)?,
+            kind: tail.next()?,
+            source: tail.next()?,
         })
     }
 }
 
 /// All processes but those of the kernel itself, which have no program and no files.
-fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
+pub(super) fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbered =
         entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())));
@@ -284,7 +290,7 @@ fn read(path: &Path) -> String {
 }
 
 /// Undoes the kernel's `\040` for a blank.
-fn unescape(field: &str) -> String {
+pub(super) fn unescape(field: &str) -> String {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();
     while let Some((&first, after)) = rest.split_first() {
@@ -306,6 +312,7 @@ mod tests {
         let line = r"36 35 259:3 / /mnt/a\040b rw,noatime shared:1 master:2 - ext4 /dev/ublkb0 rw,errors=continue";
         let mount = Mount::parse(line).unwrap();
         assert_eq!((mount.number, mount.source), ("259:3", "/dev/ublkb0"));
+        assert_eq!((mount.id, mount.kind), (36, "ext4"));
         assert_eq!(unescape(mount.at), "/mnt/a b");
         assert!(Mount::parse("36 35 259:3 / /mnt").is_none());
     }

@@ -33,6 +33,7 @@ mod request;
 mod ring_device;
 mod served;
 mod serving;
+mod stack;
 mod steps;
 mod sysfs;
 mod task;
@@ -43,6 +44,7 @@ pub use driver::{Check, Driver, driver};
 pub use holders::{Holder, holders, sharers};
 pub use recover::{KernelDevice, Phase, device_exists, device_state, forget, orphans};
 pub use served::{DeviceOptions, DeviceState, Served};
+pub use stack::{FileSystem, Layer, MountPoint, Stack};
 
 use libublk::UblkError;
 use std::io;
