@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tracing::{info, warn};
 
 /// Where the links by name are.
@@ -63,30 +64,80 @@ impl DeviceEntry {
     }
 }
 
+/// What serves a device.
+#[derive(Debug)]
+pub(crate) enum Service {
+    /// This daemon, once the device is attached.
+    Attaching,
+    /// This daemon.
+    Served(Arc<Served>),
+    /// This daemon, until the command that takes the device away has done so.
+    Detaching,
+    /// Nobody: there is no daemon, or it could not recover the device.
+    Waiting,
+}
+
 /// A device and, in a daemon, what serves it.
 #[derive(Debug)]
 pub(crate) struct Slot {
     /// What is on disk.
     pub(crate) entry: DeviceEntry,
-    /// The frontend; none without a daemon, or when it could not be recovered.
-    pub(crate) served: Option<Served>,
-    /// Why it is not served.
+    /// What serves it.
+    pub(crate) service: Service,
+    /// Why it is not served, or why it could not be taken away.
     pub(crate) fault: Option<String>,
 }
 
 impl Slot {
+    /// A device whose daemon is gone.
+    fn waiting(entry: DeviceEntry) -> Self {
+        Self {
+            entry,
+            service: Service::Waiting,
+            fault: None,
+        }
+    }
+
+    /// The frontend, where this daemon serves the device and no command takes it away.
+    pub(crate) fn served(&self) -> Option<&Arc<Served>> {
+        match &self.service {
+            Service::Served(served) => Some(served),
+            Service::Attaching | Service::Detaching | Service::Waiting => None,
+        }
+    }
+
     /// The device as the protocol shows it.
     pub(crate) fn row(&self) -> DeviceRow {
-        let failure = self.served.as_ref().and_then(Served::has_failed);
+        let failure = self.served().and_then(|served| served.has_failed());
         DeviceRow {
             path: self.entry.path.clone(),
             id: self.entry.id,
             device: self.entry.node(),
             read_only: self.entry.read_only,
-            served: self.served.is_some() && failure.is_none(),
+            served: match self.service {
+                Service::Served(_) => failure.is_none(),
+                Service::Detaching => true,
+                Service::Attaching | Service::Waiting => false,
+            },
             fault: failure
                 .map(|e| crate::exit_code::one_line(&e))
                 .or_else(|| self.fault.clone()),
+        }
+    }
+
+    /// What to do about the device where it is in the way.
+    fn advice(&self, pool: &Name) -> String {
+        match (&self.service, &self.fault) {
+            (Service::Served(_), _) => "detach it first".to_owned(),
+            (Service::Attaching, _) => "it is just being attached".to_owned(),
+            (Service::Detaching, _) => "it is just being detached".to_owned(),
+            (Service::Waiting, None) => {
+                format!("its daemon is gone, `ublkctl recover {pool}` brings it back")
+            }
+            (Service::Waiting, Some(fault)) => format!(
+                "nothing serves it: {fault}; `ublkctl detach --force {}` gives it up",
+                self.entry.node()
+            ),
         }
     }
 }
@@ -112,11 +163,7 @@ impl Devices {
         let slots = entries
             .into_iter()
             .filter(DeviceEntry::is_in_kernel)
-            .map(|entry| Slot {
-                entry,
-                served: None,
-                fault: None,
-            });
+            .map(Slot::waiting);
         Ok(Self {
             slots: slots.collect(),
             exports: Exports::default(),
@@ -162,11 +209,6 @@ impl Devices {
         &self.slots
     }
 
-    /// The devices, to change them; [`Devices::save`] what changes an entry.
-    pub(crate) fn slots_mut(&mut self) -> &mut [Slot] {
-        &mut self.slots
-    }
-
     /// The device of this volume or snapshot.
     pub(crate) fn find(&self, path: &VolumePath) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.entry.path == *path)
@@ -178,15 +220,23 @@ impl Devices {
         self.save()
     }
 
-    /// The frontend of a device that was added.
-    pub(crate) fn serve(&mut self, path: &VolumePath, served: Served) -> Result<DeviceRow> {
-        let mut slots = self.slots.iter_mut();
-        let Some(slot) = slots.find(|slot| slot.entry.path == *path) else {
-            let message = format!("{}/{path}: is not among the devices", self.pool);
-            return Err(Error::with(ErrorKind::NotFound, message));
-        };
-        slot.served = Some(served);
-        Ok(slot.row())
+    /// The device of this volume or snapshot, to change it; [`Devices::save`] what changes its entry.
+    pub(crate) fn find_mut(&mut self, path: &VolumePath) -> Option<&mut Slot> {
+        self.slots.iter_mut().find(|slot| slot.entry.path == *path)
+    }
+
+    /// Lets go of the frontends of all devices.
+    pub(crate) fn release(&mut self) -> Vec<(DeviceEntry, Arc<Served>)> {
+        let mut released = Vec::new();
+        for slot in &mut self.slots {
+            match std::mem::replace(&mut slot.service, Service::Waiting) {
+                Service::Served(served) => released.push((slot.entry.clone(), served)),
+                other @ (Service::Attaching | Service::Detaching | Service::Waiting) => {
+                    slot.service = other;
+                }
+            }
+        }
+        released
     }
 
     /// Takes a device out; the file still names it until [`Devices::save`].
@@ -208,11 +258,6 @@ impl Devices {
         }
     }
 
-    /// Puts a device back that could not be taken away.
-    pub(crate) fn put_back(&mut self, slot: Slot) {
-        self.slots.push(slot);
-    }
-
     /// An error if any device in `blockers` exists: all of them, and the way out.
     pub(crate) fn refuse<'a>(
         &'a self,
@@ -220,33 +265,25 @@ impl Devices {
         blockers: impl Iterator<Item = &'a Slot>,
     ) -> Result<()> {
         let mut shown = Vec::new();
-        let mut is_served = true;
+        let mut all_advice: Vec<String> = Vec::new();
         for slot in blockers {
-            shown.push(format!(
-                "{}/{} as {}",
-                self.pool,
-                slot.entry.path,
-                slot.entry.node()
-            ));
-            is_served &= slot.served.is_some();
+            let (path, node) = (&slot.entry.path, slot.entry.node());
+            shown.push(format!("{}/{path} as {node}", self.pool));
+            let advice = slot.advice(&self.pool);
+            if !all_advice.contains(&advice) {
+                all_advice.push(advice);
+            }
         }
         if shown.is_empty() {
             return Ok(());
         }
-        let way_out = if is_served {
-            "detach it first".to_owned()
-        } else {
-            format!(
-                "its daemon is gone, `ublkctl recover {}` brings it back",
-                self.pool
-            )
-        };
         Err(Error::with(
             ErrorKind::Busy,
             format!(
-                "{}: cannot {action} while attached: {}; {way_out}",
+                "{}: cannot {action} while attached: {}; {}",
                 self.pool,
-                shown.join(", ")
+                shown.join(", "),
+                all_advice.join("; ")
             ),
         ))
     }

@@ -106,6 +106,17 @@ impl fmt::Display for Name {
     }
 }
 
+impl VolumePath {
+    /// The volume itself, also where this names a snapshot of it.
+    #[must_use]
+    pub fn origin(&self) -> Self {
+        Self {
+            volume: self.volume.clone(),
+            snapshot: None,
+        }
+    }
+}
+
 impl FromStr for VolumePath {
     type Err = Error;
 

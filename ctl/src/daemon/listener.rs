@@ -250,11 +250,9 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Next
     }
     let may_be_last = matches!(request, Request::Stop)
         || (daemon.is_detached && matches!(request, Request::Detach { .. }));
-    let message = {
-        let stopping = daemon.stopping.read();
-        if *stopping {
-            Message::Stopping
-        } else {
+    let message = match daemon.requests.begin() {
+        None => Message::Stopping,
+        Some(_running) => {
             // A client that went away does not stop what it asked for.
             let mut progress = |done, total| {
                 if let Err(e) = protocol::write_line(out, &Message::Progress { done, total }) {

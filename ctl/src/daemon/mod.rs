@@ -7,9 +7,9 @@ mod listener;
 mod maintenance;
 mod monitor;
 mod process;
+mod requests;
 
 use crate::client;
-use crate::devices::Devices;
 use crate::exit_code::one_line;
 use crate::host::{Host, Role};
 use crate::state::{self, PoolEntry, Registry, Runtime};
@@ -20,7 +20,7 @@ use blockfork::name::Name;
 use futures_lite::future::block_on;
 use listener::Listener;
 use maintenance::Maintenance;
-use parking_lot::RwLock;
+use requests::Requests;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use std::sync::Arc;
@@ -40,8 +40,7 @@ const LAST_WORDS_NS_MAX: u64 = 1_000_000_000;
 #[derive(Debug)]
 struct Daemon {
     host: Host,
-    /// Read while a request runs, written to stop: true once no request may begin.
-    stopping: RwLock<bool>,
+    requests: Requests,
     /// Ends the main thread's wait.
     wake: Handle,
     /// Nothing happens any more.
@@ -53,11 +52,9 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Ends the daemon if nobody needs it: nothing is attached, and no request runs.
+    /// Ends the daemon if nobody needs it: nothing is attached once no request runs.
     fn stop_if_idle(&self) {
-        let mut stopping = self.stopping.write();
-        if !*stopping && self.host.devices().is_empty() {
-            *stopping = true;
+        if self.requests.stop_if(|| self.host.devices().is_empty()) {
             self.wake.close();
         }
     }
@@ -115,7 +112,7 @@ fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<Host> {
 fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -> Result<()> {
     let daemon = Arc::new(Daemon {
         host,
-        stopping: RwLock::new(false),
+        requests: Requests::default(),
         wake: signals.handle(),
         has_ended: AtomicBool::new(false),
         clients: Arc::default(),
@@ -148,7 +145,7 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
         break;
     }
     // Waits for the requests that run, and turns away those that come.
-    *daemon.stopping.write() = true;
+    daemon.requests.stop();
     maintenance.stop();
     let ended = shut_down(&daemon.host, runtime);
     daemon.has_ended.store(true, Ordering::Release);
@@ -163,20 +160,19 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
 
 /// Makes everything durable, and leaves devices that are still attached to the next daemon.
 fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
-    let mut devices = host.devices();
-    let ended = host.end_all_nbd(&mut devices);
+    let ended = host.end_all_nbd();
     ended.inspect_err(|e| error!("ending NBD: {}", one_line(e)))?;
     if host.pool().is_read_only() {
-        return leave(&mut devices, runtime);
+        return leave(host, runtime);
     }
-    if devices.is_empty() {
+    if host.devices().is_empty() {
         let closed = block_on(host.pool().close(host.device()));
         closed.inspect_err(|e| error!("closing: {}", one_line(e)))?;
         info!("closed");
         return runtime.clear();
     }
     let saved = block_on(host.pool().checkpoint(host.device()));
-    let left = leave(&mut devices, runtime);
+    let left = leave(host, runtime);
     let flushed = block_on(host.pool().flush(host.device()));
     left?;
     saved
@@ -185,12 +181,16 @@ fn shut_down(host: &Host, runtime: &Runtime) -> Result<()> {
 }
 
 /// Lets go of the devices. The ring stays: what it holds may be nowhere else.
-fn leave(devices: &mut Devices, runtime: &Runtime) -> Result<()> {
-    for slot in devices.slots_mut() {
-        if let Some(served) = slot.served.take() {
+fn leave(host: &Host, runtime: &Runtime) -> Result<()> {
+    let released = host.devices().release();
+    for (entry, served) in released {
+        // No request runs any more, so nobody shares it.
+        if let Ok(served) = Arc::try_unwrap(served) {
             served.abandon();
-            info!(device = %slot.entry.node(), volume = %slot.entry.path, "left to the next daemon");
+        } else {
+            warn!(device = %entry.node(), "is still in use by a command; its requests wait until this process has ended");
         }
+        info!(device = %entry.node(), volume = %entry.path, "left to the next daemon");
     }
     state::remove_file(&runtime.socket())?;
     state::remove_file(&runtime.pid())

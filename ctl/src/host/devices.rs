@@ -1,7 +1,8 @@
 //! Block devices: attaching, detaching, and taking them back after a kill.
 
+use super::turns::Scope;
 use super::{Host, Role};
-use crate::devices::{DeviceEntry, Devices, Slot};
+use crate::devices::{DeviceEntry, Service, Slot};
 use crate::events::Event;
 use crate::exit_code::one_line;
 use crate::protocol::{DeviceRow, Reply, Selection};
@@ -11,6 +12,7 @@ use blockfork::pool::OnFull;
 use blockfork::ublk::{self, Holder};
 use futures_lite::future::block_on;
 use std::fs;
+use std::sync::Arc;
 use tracing::{info, warn};
 
 impl Host {
@@ -20,12 +22,12 @@ impl Host {
         options: &ublk::DeviceOptions,
         on_full: OnFull,
     ) -> Result<Reply> {
-        let mut devices = self.devices();
-        self.refuse_second(&devices, path)?;
+        let _turn = self.turn("attach", [Scope::One(path.clone())])?;
+        self.refuse_second(path)?;
         let attached = self.pool.attach(path, options.read_only)?;
         attached.set_on_full(on_full);
         let announce = |state| {
-            devices.add(Slot {
+            self.devices().add(Slot {
                 entry: DeviceEntry {
                     path: path.clone(),
                     id: attached.id(),
@@ -33,7 +35,7 @@ impl Host {
                     on_full,
                     state,
                 },
-                served: None,
+                service: Service::Attaching,
                 fault: None,
             })
         };
@@ -42,6 +44,7 @@ impl Host {
             Ok(served) => served,
             Err(e) => {
                 attached.detach();
+                let mut devices = self.devices();
                 // A name too many does no harm: the kernel has no such device.
                 if devices.take(path).is_some()
                     && let Err(unsaved) = devices.save()
@@ -51,11 +54,7 @@ impl Host {
                 return Err(e);
             }
         };
-        let row = devices.serve(path, served)?;
-        devices
-            .find(path)
-            .into_iter()
-            .for_each(|slot| devices.link(slot));
+        let row = self.serve(path, served)?;
         info!(volume = %path, device = %row.device, "attached");
         self.tell(&Event::DeviceAdded {
             name: format!("{}/{path}", self.name),
@@ -64,17 +63,33 @@ impl Host {
         Ok(Reply::Devices(vec![row]))
     }
 
+    /// From now on this daemon serves the device of a volume.
+    fn serve(&self, path: &VolumePath, served: ublk::Served) -> Result<DeviceRow> {
+        let mut devices = self.devices();
+        let Some(slot) = devices.find_mut(path) else {
+            let message = format!("{}/{path}: is not among the devices", self.name);
+            return Err(Error::with(ErrorKind::NotFound, message));
+        };
+        slot.service = Service::Served(Arc::new(served));
+        slot.fault = None;
+        let row = slot.row();
+        devices
+            .find(path)
+            .into_iter()
+            .for_each(|slot| devices.link(slot));
+        Ok(row)
+    }
+
     /// An error if this is attached already, or if nothing can be attached here.
-    pub(super) fn refuse_second(&self, devices: &Devices, path: &VolumePath) -> Result<()> {
+    pub(super) fn refuse_second(&self, path: &VolumePath) -> Result<()> {
+        let devices = self.devices();
         let fact = match (devices.find(path), devices.exports().find(path)) {
-            (Some(slot), _) if slot.served.is_some() => {
+            (Some(slot), _) if !matches!(slot.service, Service::Waiting) => {
                 format!("is attached already, as {}", slot.entry.node())
             }
-            (Some(slot), _) => format!(
-                "is attached already, as {}, which nothing serves; `ublkctl recover {}`",
-                slot.entry.node(),
-                self.name
-            ),
+            (Some(slot), _) => {
+                return devices.refuse("attach it again", std::iter::once(slot));
+            }
             (None, Some(exported)) => format!("is served over NBD already, as {}", exported.uri),
             (None, None) if self.role == Role::Command => {
                 let fact = "only a daemon can attach";
@@ -89,13 +104,13 @@ impl Host {
     }
 
     /// An error that names whoever has one of these devices open.
-    fn refuse_held<'a>(&self, slots: impl Iterator<Item = &'a Slot>, action: &str) -> Result<()> {
+    fn refuse_held(&self, entries: &[DeviceEntry], action: &str) -> Result<()> {
         let mut held = Vec::new();
-        for slot in slots {
-            let holders = ublk::holders(slot.entry.state.dev_id);
+        for entry in entries {
+            let holders = ublk::holders(entry.state.dev_id);
             let holders: Vec<String> = holders.iter().map(said_of).collect();
             if !holders.is_empty() {
-                let (path, node) = (&slot.entry.path, slot.entry.node());
+                let (path, node) = (&entry.path, entry.node());
                 held.push(format!(
                     "{}/{path}: {node} is {}",
                     self.name,
@@ -116,15 +131,15 @@ impl Host {
     }
 
     /// Keeps a device from everybody; an error that names whoever has it.
-    pub(super) fn claim(&self, slot: &Slot, action: &str) -> Result<ublk::Claim> {
-        let dev_id = slot.entry.state.dev_id;
+    pub(super) fn claim(&self, entry: &DeviceEntry, action: &str) -> Result<ublk::Claim> {
+        let dev_id = entry.state.dev_id;
         let claim = ublk::Claim::take(dev_id)?;
         if let Some(claim) = claim.filter(|_| ublk::sharers(dev_id).is_empty()) {
             return Ok(claim);
         }
         // Who it is takes a look at all there is, so only where there is somebody.
-        self.refuse_held(std::iter::once(slot), action)?;
-        let (path, node) = (&slot.entry.path, slot.entry.node());
+        self.refuse_held(std::slice::from_ref(entry), action)?;
+        let (path, node) = (&entry.path, entry.node());
         let fact = format!(
             "{}/{path}: {node} was in use just now; try again",
             self.name
@@ -133,15 +148,30 @@ impl Host {
     }
 
     pub(super) fn detach(&self, selection: &Selection, force: bool) -> Result<Reply> {
-        let mut devices = self.devices();
-        let paths = match selection {
-            Selection::All => devices
-                .slots()
-                .iter()
-                .map(|slot| slot.entry.path.clone())
-                .collect(),
+        let paths: Vec<VolumePath> = match selection {
+            Selection::All => {
+                let devices = self.devices();
+                let paths = devices.slots().iter().map(|slot| slot.entry.path.clone());
+                paths.collect()
+            }
             Selection::Paths(paths) => paths.clone(),
         };
+        let _turn = self.turn("detach", paths.iter().cloned().map(Scope::One))?;
+        let entries = self.detachable(&paths, force)?;
+        for entry in &entries {
+            ublk::refuse_stuck(entry.state.dev_id)?;
+        }
+        self.refuse_held(&entries, "detach")?;
+        let mut rows = Vec::new();
+        for path in &paths {
+            rows.extend(self.detach_one(path)?);
+        }
+        Ok(Reply::Devices(rows))
+    }
+
+    /// The devices of these volumes and snapshots, where nothing but their users can keep them from being detached.
+    fn detachable(&self, paths: &[VolumePath], force: bool) -> Result<Vec<DeviceEntry>> {
+        let devices = self.devices();
         let is_named = |other: &VolumePath| paths.contains(other);
         let exports = devices.exports();
         exports.refuse(&self.name, "detach a block device", is_named)?;
@@ -152,39 +182,37 @@ impl Host {
             ));
         }
         let chosen = || paths.iter().filter_map(|path| devices.find(path));
-        self.refuse_held(chosen(), "detach")?;
         if !force {
-            devices.refuse("detach", chosen().filter(|slot| slot.served.is_none()))?;
+            let waiting = chosen().filter(|slot| matches!(slot.service, Service::Waiting));
+            devices.refuse("detach", waiting)?;
         }
-        let mut rows = Vec::new();
-        for path in &paths {
-            rows.extend(self.detach_one(&mut devices, path)?);
-        }
-        Ok(Reply::Devices(rows))
+        Ok(chosen().map(|slot| slot.entry.clone()).collect())
     }
 
-    fn detach_one(&self, devices: &mut Devices, path: &VolumePath) -> Result<Option<DeviceRow>> {
-        let Some(mut slot) = devices.take(path) else {
-            return Ok(None);
+    /// Takes a device away. Its command has the turn of its volume, and no lock: this may take minutes.
+    fn detach_one(&self, path: &VolumePath) -> Result<Option<DeviceRow>> {
+        let (entry, row, service) = {
+            let mut devices = self.devices();
+            let Some(slot) = devices.find_mut(path) else {
+                return Ok(None);
+            };
+            let row = slot.row();
+            let service = std::mem::replace(&mut slot.service, Service::Detaching);
+            (slot.entry.clone(), row, service)
         };
-        let row = slot.row();
-        let mut flushed = Ok(());
-        let removed = match slot.served.take() {
-            Some(served) => {
-                let attached = served.attached().clone();
-                // A pool whose flush fails must not keep its devices for ever, so the device goes all the same.
-                flushed = block_on(attached.flush(&self.device));
-                served.remove().inspect(|()| attached.detach())
+        let (flushed, removed) = self.take_away(&entry, service);
+        let mut devices = self.devices();
+        if let Err((service, e)) = removed {
+            if let Some(slot) = devices.find_mut(path) {
+                slot.service = service;
+                slot.fault = Some(one_line(&e));
             }
-            None => ublk::forget(slot.entry.state.dev_id),
-        };
-        if let Err(e) = removed {
-            slot.fault = Some(one_line(&e));
-            devices.put_back(slot);
             return Err(e);
         }
-        devices.unlink(&slot.entry);
+        devices.take(path);
+        devices.unlink(&entry);
         devices.save()?;
+        drop(devices);
         info!(volume = %path, device = %row.device, "detached");
         self.tell(&Event::DeviceGone {
             name: format!("{}/{path}", self.name),
@@ -193,34 +221,66 @@ impl Host {
         flushed.map(|()| Some(row))
     }
 
+    /// Removes a device from the kernel; whether what it served is durable, and whether the device is gone. If not, who
+    /// serves it now.
+    fn take_away(
+        &self,
+        entry: &DeviceEntry,
+        service: Service,
+    ) -> (Result<()>, std::result::Result<(), (Service, Error)>) {
+        let served = match service {
+            Service::Served(served) => served,
+            Service::Attaching | Service::Detaching | Service::Waiting => {
+                let forgotten = ublk::forget(entry.state.dev_id);
+                return (Ok(()), forgotten.map_err(|e| (Service::Waiting, e)));
+            }
+        };
+        let attached = served.attached().clone();
+        // A pool whose flush fails must not keep its devices for ever, so the device goes all the same.
+        let flushed = block_on(attached.flush(&self.device));
+        if let Err(e) = served.stop() {
+            return (flushed, Err((Service::Served(served), e)));
+        }
+        // Only commands that have the volume's turn share it.
+        let deleted = match Arc::try_unwrap(served) {
+            Ok(served) => served.delete().map_err(|e| (Service::Waiting, e)),
+            Err(served) => Err((Service::Served(served), Error::new(ErrorKind::Busy))),
+        };
+        (flushed, deleted.inspect(|()| attached.detach()))
+    }
+
     /// Serves again every device that the file names, and forgets those that the kernel does not have any more.
     pub(crate) fn recover(&self) -> Result<()> {
-        let mut devices = self.devices();
         let mut gone = Vec::new();
-        for slot in devices.slots_mut() {
-            let node = slot.entry.node();
-            match self.recover_one(&slot.entry) {
+        for entry in self.waiting() {
+            let node = entry.node();
+            match self.recover_one(&entry) {
                 Ok(served) => {
-                    info!(volume = %slot.entry.path, device = %node, "recovered");
-                    slot.served = Some(served);
+                    info!(volume = %entry.path, device = %node, "recovered");
+                    self.serve(&entry.path, served)?;
                 }
                 Err(e) => {
-                    warn!(volume = %slot.entry.path, device = %node, "cannot be recovered: {}", one_line(&e));
+                    warn!(volume = %entry.path, device = %node, "cannot be recovered: {}", one_line(&e));
                     if e.kind() == ErrorKind::NotFound {
-                        gone.push(slot.entry.state.dev_id);
+                        gone.push(entry.state.dev_id);
                     }
-                    slot.fault = Some(one_line(&e));
+                    if let Some(slot) = self.devices().find_mut(&entry.path) {
+                        slot.fault = Some(one_line(&e));
+                    }
                 }
             }
         }
+        let mut devices = self.devices();
         devices.drop_gone(|entry| gone.contains(&entry.state.dev_id));
-        devices.save()?;
-        devices
-            .slots()
-            .iter()
-            .filter(|slot| slot.served.is_some())
-            .for_each(|slot| devices.link(slot));
-        Ok(())
+        devices.save()
+    }
+
+    /// The devices that nothing serves.
+    fn waiting(&self) -> Vec<DeviceEntry> {
+        let devices = self.devices();
+        let waiting = devices.slots().iter();
+        let waiting = waiting.filter(|slot| matches!(slot.service, Service::Waiting));
+        waiting.map(|slot| slot.entry.clone()).collect()
     }
 
     fn recover_one(&self, entry: &DeviceEntry) -> Result<ublk::Served> {

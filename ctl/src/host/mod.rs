@@ -1,12 +1,13 @@
 //! An open pool and what can be asked of it: the one implementation of every request, for the daemon and without it.
 //!
-//! What changes the pool runs one at a time, under the lock of its devices, so that nothing attaches what is just being
-//! removed or rolled back. Every blocker is named before anything is touched.
+//! Commands that concern the same volume take turns (`turns`), so that nothing attaches what is just being removed or
+//! rolled back; those of other volumes go on meanwhile. Every blocker is named before anything is touched.
 
 mod devices;
 mod events;
 mod nbd;
 mod preflight;
+mod turns;
 mod volumes;
 
 use crate::devices::{Devices, Slot};
@@ -22,6 +23,7 @@ use futures_lite::future::block_on;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use turns::{Scope, Turn, Turns};
 
 /// Who runs the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,7 @@ pub(crate) struct Host {
     pool: Arc<Pool>,
     device: FileDevice,
     devices: Mutex<Devices>,
+    turns: Turns,
     role: Role,
     marks: Mutex<Marks>,
     events: Events,
@@ -63,6 +66,7 @@ impl Host {
             pool: Arc::new(pool),
             device,
             devices: Mutex::new(devices),
+            turns: Turns::new(),
             role,
             marks: Mutex::new(marks),
             events: Events::default(),
@@ -80,9 +84,19 @@ impl Host {
         &self.device
     }
 
-    /// The devices; whoever holds them keeps every change away.
+    /// The devices. For a look or for a change of the list, never across anything that waits.
     pub(crate) fn devices(&self) -> MutexGuard<'_, Devices> {
         self.devices.lock()
+    }
+
+    /// Waits for the turn of what a command works on.
+    fn turn(
+        &self,
+        action: &'static str,
+        scopes: impl IntoIterator<Item = Scope>,
+    ) -> Result<Turn<'_>> {
+        let scopes = scopes.into_iter().collect();
+        self.turns.take(&self.name, action, scopes)
     }
 
     /// Does what a request asks.
@@ -112,12 +126,10 @@ impl Host {
                 options,
                 limits,
             } => {
-                let _alone = self.devices();
                 let made = pool.create_limited_volume(device, &volume, options, limits);
                 block_on(made).map(|_| Reply::Done)
             }
             Request::SetLimits { volume, changes } => {
-                let _alone = self.devices();
                 block_on(pool.set_limits(device, &volume, &changes)).map(|()| Reply::Done)
             }
             Request::Remove {
@@ -132,21 +144,17 @@ impl Host {
                 allow_shrink,
             } => self.resize(&volume, bytes, allow_shrink),
             Request::Snapshot { targets } => {
-                let _alone = self.devices();
                 block_on(pool.snapshot(device, &targets)).map(|()| Reply::Done)
             }
             Request::Clone { snapshot, volume } => {
-                let _alone = self.devices();
                 block_on(pool.clone_snapshot(device, &snapshot, &volume)).map(|_| Reply::Done)
             }
             Request::Rollback { snapshot } => self.rollback(&snapshot),
             Request::Outline => Ok(Reply::Outline(pool.outline())),
             Request::Hold { tag, snapshots } => {
-                let _alone = self.devices();
                 block_on(pool.hold(device, &tag, &snapshots)).map(|()| Reply::Done)
             }
             Request::Release { tag, snapshots } => {
-                let _alone = self.devices();
                 block_on(pool.release(device, &tag, &snapshots)).map(|()| Reply::Done)
             }
             Request::Prune {

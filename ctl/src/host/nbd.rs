@@ -1,7 +1,7 @@
 //! Exports over NBD.
 
 use super::Host;
-use crate::devices::Devices;
+use super::turns::Scope;
 use crate::endpoint::{Bound, Endpoint};
 use crate::events::Event;
 use crate::exports::Exported;
@@ -23,8 +23,8 @@ impl Host {
         address: &NbdAddress,
         on_full: OnFull,
     ) -> Result<Reply> {
-        let mut devices = self.devices();
-        self.refuse_second(&devices, path)?;
+        let _turn = self.turn("serve-nbd", [Scope::One(path.clone())])?;
+        self.refuse_second(path)?;
         let attached = self
             .pool
             .attach(path, read_only || path.snapshot.is_some())?;
@@ -41,7 +41,7 @@ impl Host {
             name: format!("{}/{path}", self.name),
             uri: uri.clone(),
         });
-        devices.exports_mut().add(Exported {
+        self.devices().exports_mut().add(Exported {
             path: path.clone(),
             uri: uri.clone(),
             export,
@@ -52,20 +52,23 @@ impl Host {
 
     /// Ends what is served over NBD of this volume or snapshot; on return everything is durable.
     pub(crate) fn end_nbd(&self, path: &VolumePath) -> Result<()> {
-        let mut devices = self.devices();
-        match devices.exports_mut().take(path) {
+        let exported = self.devices().exports_mut().take(path);
+        match exported {
             Some(exported) => self.end_export(exported),
             None => Ok(()),
         }
     }
 
     /// Ends everything that is served over NBD.
-    pub(crate) fn end_all_nbd(&self, devices: &mut Devices) -> Result<()> {
+    pub(crate) fn end_all_nbd(&self) -> Result<()> {
         let mut ended = Ok(());
-        while let Some(exported) = devices.exports_mut().take_any() {
+        loop {
+            let exported = self.devices().exports_mut().take_any();
+            let Some(exported) = exported else {
+                return ended;
+            };
             ended = ended.and(self.end_export(exported));
         }
-        ended
     }
 
     pub(super) fn end_export(&self, exported: Exported) -> Result<()> {

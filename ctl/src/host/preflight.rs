@@ -25,7 +25,7 @@ impl Host {
             Request::Remove {
                 targets, recursive, ..
             } => {
-                let _alone = self.unused(targets, *recursive)?;
+                self.unused(targets, *recursive)?;
                 self.pool.check_removable(targets, *recursive)
             }
             Request::SetLimits { volume, changes } => {

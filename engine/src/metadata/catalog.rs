@@ -138,6 +138,11 @@ impl Catalog {
         self.get(*id)
     }
 
+    /// The number of what `path` names, if there is such a thing.
+    pub(crate) fn id_of(&self, path: &VolumePath) -> Option<VolumeId> {
+        self.find(path).ok().map(|found| found.entry.id)
+    }
+
     /// What names a volume or snapshot; none for a removed tree or a hold.
     pub(crate) fn path(&self, id: VolumeId) -> Option<VolumePath> {
         match &self.volumes.get(&id)?.entry.role {

@@ -29,30 +29,6 @@ pub(super) struct AttachedVolume {
     pub(super) is_going: Latch,
 }
 
-/// A change of volumes that depends on whether they are attached. While it lives nobody attaches them; who looks after it
-/// was announced knows whether somebody has.
-#[derive(Debug)]
-pub(super) struct Change<'a> {
-    pool: &'a Pool,
-    ids: Vec<VolumeId>,
-}
-
-impl<'a> Change<'a> {
-    pub(super) fn announce(pool: &'a Pool, ids: Vec<VolumeId>) -> Self {
-        pool.changing.lock().extend(&ids);
-        Self { pool, ids }
-    }
-}
-
-impl Drop for Change<'_> {
-    fn drop(&mut self) {
-        let mut changing = self.pool.changing.lock();
-        for id in &self.ids {
-            changing.remove(id);
-        }
-    }
-}
-
 /// Which way the bytes of a request go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transfer {
@@ -150,7 +126,7 @@ impl Attached {
             })
         })?;
         let volume = Arc::new(volume);
-        if pool.changing.lock().contains(&volume.id) {
+        if pool.changes.concern(volume.id) {
             let message = format!("{}/{path}: is being changed; try again", pool.name);
             return Err(Error::with(ErrorKind::Busy, message));
         }

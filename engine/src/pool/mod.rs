@@ -4,6 +4,7 @@
 //! the pool is durable when it returns, but for the I/O of attached volumes, which a flush makes durable.
 
 mod attached;
+mod change;
 mod check;
 mod full;
 mod holds;
@@ -37,11 +38,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::layout::usable_blocks;
 use crate::format::record::Record;
 use crate::journal::{Draft, Ledger};
+use crate::metadata::Metadata;
 use crate::name::Name;
 use crate::space::Fault;
 use crate::sync::{AsyncMutex, Mutex};
 use crate::units::{PoolId, Timestamp, VolumeId};
-use attached::{AttachedVolume, Change};
+use attached::AttachedVolume;
+use change::{Change, Changes};
 use maintain::Maintenance;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -61,7 +64,7 @@ pub struct Pool {
     checkpoints: Checkpoints,
     attached: Mutex<BTreeMap<VolumeId, Arc<AttachedVolume>>>,
     /// What a command decides over by whether it is attached: nobody attaches it meanwhile.
-    changing: Mutex<BTreeSet<VolumeId>>,
+    changes: Changes,
     /// Commands that change the catalog go one at a time.
     control: AsyncMutex<()>,
     maintenance: Maintenance,
@@ -90,11 +93,12 @@ impl Pool {
 
     /// Makes everything durable and marks the pool closed. Fails if something is attached.
     pub async fn close<D: Device>(&self, device: &D) -> Result<()> {
-        let _alone = self.control.lock().await;
-        let all = self.ledger.look(|metadata| {
+        let all = |metadata: &Metadata| {
             let entries = metadata.catalog.entries();
             entries.into_iter().map(|entry| entry.id).collect()
-        });
+        };
+        let _alone = self.turn(all).await;
+        let all = self.ledger.look(all);
         let _change = Change::announce(self, all);
         if let Some(volume) = self.attached.lock().values().next() {
             return Err(Error::with(

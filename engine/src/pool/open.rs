@@ -202,7 +202,7 @@ impl Pool {
             checkpoints: Checkpoints::new(superblock),
             ledger,
             attached: Mutex::default(),
-            changing: Mutex::default(),
+            changes: super::change::Changes::default(),
             control: AsyncMutex::new(()),
             maintenance: Maintenance::new(options.clock.monotonic_ns()),
         };

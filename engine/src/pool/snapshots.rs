@@ -1,14 +1,14 @@
 //! Snapshots, clones, rollback and diff.
 
 use super::Pool;
-use super::attached::Change;
+use super::change::Change;
 use super::report::{DiffExtent, DiffKind};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Root;
 use crate::format::record::Record;
 use crate::limits::SNAPSHOT_GROUP_MAX;
-use crate::metadata::blocks_of;
+use crate::metadata::{Metadata, blocks_of};
 use crate::name::{Name, VolumePath};
 use crate::units::{BLOCK_BYTES, Lba, VolumeId};
 use std::collections::BTreeSet;
@@ -36,7 +36,14 @@ impl Pool {
         if let Some(path) = targets.iter().find(|path| !seen.insert(*path)) {
             return invalid(format!("{}/{path}: is named twice", self.name));
         }
-        let _alone = self.control.lock().await;
+        // A snapshot of a volume that is being shrunk waits for its end; others don't.
+        let origins = |metadata: &Metadata| {
+            let origins = targets.iter().map(VolumePath::origin);
+            origins
+                .filter_map(|path| metadata.catalog.id_of(&path))
+                .collect()
+        };
+        let _alone = self.turn(origins).await;
         self.check_writable()?;
         let created = self.ledger.clock.now();
         let closing = self.ledger.gate.closing().await;
@@ -49,11 +56,7 @@ impl Pool {
                 let mut records = Vec::with_capacity(targets.len());
                 let mut volumes: Vec<VolumeId> = Vec::with_capacity(targets.len());
                 for (number, target) in (first..).zip(targets) {
-                    let origin = VolumePath {
-                        volume: target.volume.clone(),
-                        snapshot: None,
-                    };
-                    let volume = catalog.find(&origin)?.entry.id;
+                    let volume = catalog.find(&target.origin())?.entry.id;
                     volumes.push(volume);
                     records.extend(target.snapshot.clone().map(|name| Record::Snapshot {
                         volume,
@@ -109,11 +112,9 @@ impl Pool {
     /// Turns a volume back to one of its snapshots; newer snapshots stay. The caller keeps writers away meanwhile.
     pub async fn rollback<D: Device>(&self, device: &D, snapshot: &VolumePath) -> Result<()> {
         self.require_snapshot(snapshot)?;
-        let origin = VolumePath {
-            volume: snapshot.volume.clone(),
-            snapshot: None,
-        };
-        let _alone = self.control.lock().await;
+        let origin = snapshot.origin();
+        let concerned = |metadata: &Metadata| metadata.catalog.id_of(&origin).into_iter().collect();
+        let _alone = self.turn(concerned).await;
         self.check_writable()?;
         let volume = self
             .ledger

@@ -6,11 +6,45 @@ use crate::device::memory::{Call, Memory, now};
 use crate::device::{Access, BlockBuf, FileDevice, PoolFile};
 use crate::limits::METADATA_CACHE_BYTES_MIN;
 use crate::name::VolumePath;
+use smol::future::yield_now;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 const LEAF: u64 = 512;
+
+/// A device that answers each read at the second poll, so that others can do something before it.
+struct Hesitant<'a>(&'a Memory);
+
+impl Device for Hesitant<'_> {
+    async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        yield_now().await;
+        self.0.read(offset, buffer).await
+    }
+
+    async fn read_blocks(&self, blocks: &mut [(u64, BlockBuf)]) -> Vec<bool> {
+        yield_now().await;
+        self.0.read_blocks(blocks).await
+    }
+
+    async fn write(&self, offset: u64, buffer: &[u8]) -> Result<()> {
+        self.0.write(offset, buffer).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.0.flush().await
+    }
+
+    async fn discard(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.0.discard(offset, bytes).await
+    }
+
+    async fn pause(&self, duration: Duration) {
+        self.0.pause(duration).await;
+    }
+}
 
 /// A device on which every read takes a millisecond, of one block or of many together.
 struct Slow {
@@ -491,4 +525,85 @@ fn memory_for_metadata_is_bounded_while_all_of_a_pool_is_read_and_written() {
     v.detach();
     let report = now(pool.check(&device, &mut |_, _| {})).unwrap();
     assert_eq!(report.exit_code(), 0, "{report:?}");
+}
+
+/// A command that takes many reads, one a step.
+struct Slowly<'a, T>(std::pin::Pin<Box<dyn Future<Output = Result<T>> + 'a>>);
+
+impl<'a, T> Slowly<'a, T> {
+    /// Takes the first step, which must not be the last.
+    #[track_caller]
+    fn begin(command: impl Future<Output = Result<T>> + 'a) -> Self {
+        let mut slowly = Self(Box::pin(command));
+        slowly.step();
+        slowly
+    }
+
+    #[track_caller]
+    fn step(&mut self) {
+        assert!(waits(self.0.as_mut()), "it has ended");
+    }
+
+    /// Carries out another command while this one goes on, which must not end meanwhile.
+    #[track_caller]
+    fn beside<U>(&mut self, other: impl Future<Output = Result<U>>) {
+        let mut other = pin!(other);
+        let mut context = Context::from_waker(Waker::noop());
+        while other
+            .as_mut()
+            .poll(&mut context)
+            .map(Result::unwrap)
+            .is_pending()
+        {
+            self.step();
+        }
+    }
+}
+
+/// Whether a future still waits.
+fn waits<T>(future: std::pin::Pin<&mut (impl Future<Output = T> + ?Sized)>) -> bool {
+    let mut context = Context::from_waker(Waker::noop());
+    matches!(future.poll(&mut context), Poll::Pending)
+}
+
+#[test]
+fn a_shrink_keeps_only_its_own_volume_from_others() {
+    let (device, pool) = slow();
+    volume(&device, &pool, "w", LEAF).detach();
+    let (v, w) = (path("v").volume, path("w").volume);
+    let c = path("c").volume;
+    let hesitant = Hesitant(&device.memory);
+    let mut shrink = Slowly::begin(pool.resize(&hesitant, &v, 4096, true));
+
+    shrink.beside(pool.snapshot(&device, &[path("w@s")]));
+    shrink.beside(pool.clone_snapshot(&device, &path("w@s"), &c));
+    shrink.beside(pool.resize(&device, &w, 2 * LEAF * 4096, false));
+    shrink.beside(pool.rollback(&device, &path("w@s")));
+    shrink.beside(pool.remove(&device, &[path("c")], false, false));
+
+    assert!(pool.attach(&path("v"), false).is_err());
+    let (snapshots, all) = ([path("w@t"), path("v@t")], [path("v")]);
+    let mut snapshot = Box::pin(pool.snapshot(&device, &snapshots));
+    let mut removal = Box::pin(pool.remove(&device, &all, true, false));
+    let mut close = Box::pin(pool.close(&device));
+    for _ in 0..10 {
+        assert!(waits(snapshot.as_mut()), "v is in the middle of a shrink");
+        assert!(waits(removal.as_mut()), "v is in the middle of a shrink");
+        assert!(waits(close.as_mut()), "v is in the middle of a shrink");
+        shrink.step();
+    }
+    drop((removal, close));
+    while waits(shrink.0.as_mut()) {}
+    now(snapshot).unwrap();
+    let v = pool.attach(&path("v"), false).unwrap();
+    assert_eq!(v.bytes(), 4096);
+}
+
+#[test]
+fn a_dry_run_of_a_removal_keeps_nobody_from_anything() {
+    let (device, pool) = slow();
+    let (hesitant, targets) = (Hesitant(&device.memory), [path("v")]);
+    let mut dry_run = Slowly::begin(pool.remove(&hesitant, &targets, true, true));
+    dry_run.beside(pool.snapshot(&device, &[path("v@t")]));
+    pool.attach(&path("v"), false).unwrap();
 }

@@ -1,7 +1,7 @@
 //! Making, renaming, resizing and removing volumes, and removing snapshots.
 
 use super::Pool;
-use super::attached::Change;
+use super::change::Change;
 use super::limits::create_limited;
 use super::report::{Limits, Redirect, Removal, VolumeOptions};
 use crate::datapath::Counters;
@@ -12,7 +12,7 @@ use crate::format::map_page::Node;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
 use crate::limits::VOLUME_BYTES_MAX;
-use crate::metadata::blocks_of;
+use crate::metadata::{Metadata, blocks_of};
 use crate::name::{Name, VolumePath};
 use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, Lba, Pba, VolumeId};
@@ -134,7 +134,8 @@ impl Pool {
             snapshot: None,
         };
         let shown = format!("{}/{volume}", self.name);
-        let _alone = self.control.lock().await;
+        let concerned = |metadata: &Metadata| metadata.catalog.id_of(&path).into_iter().collect();
+        let mut turn = self.turn(concerned).await;
         self.check_writable()?;
         let entry = self.ledger.look(|metadata| {
             metadata
@@ -162,11 +163,15 @@ impl Pool {
                     format!("{shown}: is attached; detach it before it shrinks"),
                 ));
             }
+            // A walk as long as the map is large: the commands of other volumes go on meanwhile.
+            drop(turn);
             self.cut_off(device, &entry, bytes).await?;
+            turn = self.control.lock().await;
         }
         let id = entry.id;
         self.change(device, |draft| draft.apply(&Record::Resize { id, bytes }))
             .await?;
+        drop(turn);
         if let Some(attached) = attached {
             attached.bytes.set(bytes);
         }
@@ -195,29 +200,36 @@ impl Pool {
         recursive: bool,
         dry_run: bool,
     ) -> Result<Removal> {
-        let _alone = self.control.lock().await;
+        let removal = |ids: Vec<VolumeId>, freed_bytes| {
+            let paths: Result<Vec<VolumePath>> = ids.iter().map(|id| self.path_of(*id)).collect();
+            Ok(Removal {
+                targets: paths?,
+                freed_bytes,
+                ids,
+            })
+        };
+        if dry_run {
+            // A walk over all that would go, as long as the maps are large. Nobody waits for it, so what others change
+            // meanwhile may be in its figure or not.
+            let ids = self.removable(targets, recursive)?;
+            let freed = self.freed_by(device, &ids).await?;
+            return removal(ids, Some(freed * BLOCK_BYTES));
+        }
+        let concerned = |metadata: &Metadata| {
+            let ids = targets.iter().map(|path| metadata.catalog.id_of(path));
+            ids.flatten().collect()
+        };
+        let _alone = self.turn(concerned).await;
         let ids = self.removable(targets, recursive)?;
         let _change = Change::announce(self, ids);
         // Again, now that nobody attaches any of it.
         let ids = self.removable(targets, recursive)?;
-        // A walk over all that goes, as long as the maps are large: a removal does not wait for it.
-        let freed_bytes = if dry_run {
-            Some(self.freed_by(device, &ids).await? * BLOCK_BYTES)
-        } else {
-            None
-        };
-        let paths: Result<Vec<VolumePath>> = ids.iter().map(|id| self.path_of(*id)).collect();
-        let removal = Removal {
-            targets: paths?,
-            freed_bytes,
-            ids: ids.clone(),
-        };
-        if !dry_run {
-            let records: Vec<Record> = ids.iter().map(|id| Record::Remove { id: *id }).collect();
-            self.change(device, |draft| draft.apply_all(&records))
-                .await?;
-            self.maintenance.want();
-        }
+        let removal = removal(ids, None)?;
+        let records = removal.ids.iter().map(|id| Record::Remove { id: *id });
+        let records: Vec<Record> = records.collect();
+        self.change(device, |draft| draft.apply_all(&records))
+            .await?;
+        self.maintenance.want();
         Ok(removal)
     }
 

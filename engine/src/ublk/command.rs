@@ -1,4 +1,4 @@
-//! The driver's control commands, one method each, over the ring of the one thread that sends them.
+//! The driver's control commands, one method each, over the ring of the thread that sends them.
 //!
 //! libublk's own are not used after `ADD_DEV`: they take EBUSY for success, lose an answer when a signal arrives, write a
 //! state file below a folder that anybody may write to, and cannot carry parameters that libublk does not know.

@@ -1,11 +1,13 @@
-//! The one thread that sends control commands, and the watchdog before it: a caller waits for an answer for a limited
+//! The threads that send control commands, and the watchdog before them: a caller waits for an answer for a limited
 //! time, so that a command that the kernel never answers becomes an error and not a hang.
 //!
-//! The kernel is asked to end what is given up: most commands wait for something, and can stop waiting. A thread that
-//! hangs all the same is left behind, and the next command starts another.
+//! A command runs on an idle thread, or on a new one if none is idle. So the commands of one device do not wait for those
+//! of another, and a command that hangs in the kernel costs its thread and nothing else. Threads and their rings live as
+//! long as the process, because a ring for each command is under suspicion of losing commands.
 //!
-//! All commands of the process go through one long-lived thread and ring: rings made for each device are under
-//! suspicion of losing commands.
+//! When the caller gives up, the kernel is asked to end the command: most commands wait for something, and can stop
+//! waiting. If the command hangs all the same, further changes of the same device are refused until it ends, because they
+//! would wait for the same locks in the kernel.
 
 use super::command::{CONTROL_PATH, Commands};
 use super::{block_path, task};
@@ -17,17 +19,34 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
-type Job = Box<dyn FnOnce(&mut Slot) + Send>;
+type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 
-/// The control thread's ring, opened at its first command.
-struct Slot {
+/// A control thread's own things.
+struct Worker {
+    /// Its ring, opened at its first command.
     commands: Option<Commands>,
+    /// Where it takes jobs from.
+    jobs: Sender<Job>,
 }
 
-static THREAD: Mutex<Option<Sender<Job>>> = Mutex::new(None);
+/// All control threads.
+struct Workers {
+    /// Those that wait for a job.
+    idle: Vec<Sender<Job>>,
+    /// How many there are, idle or not.
+    count: usize,
+}
 
-/// How long a command waits for its turn behind others.
-const TURN: Duration = Duration::from_mins(3);
+static WORKERS: Mutex<Workers> = Mutex::new(Workers {
+    idle: Vec::new(),
+    count: 0,
+});
+
+/// Commands that their callers gave up and that the kernel has not ended yet, by device.
+static STUCK: Mutex<Vec<(u32, String)>> = Mutex::new(Vec::new());
+
+/// The most control threads: one for each command that clients can have under way, and as many that hang.
+const WORKERS_MAX: usize = 128;
 /// How long the kernel may take to end a command that is given up.
 const CANCEL_LIMIT: Duration = Duration::from_secs(2);
 /// How often a waiting caller looks whether it should give up.
@@ -36,21 +55,25 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long the kernel may take for what needs no writing.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What a caller asks of the control thread.
+/// What a caller asks of a control thread.
 pub(super) struct Ask {
     what: String,
     limit: Duration,
-}
-
-/// What the control thread says to a caller.
-enum Answer<T> {
-    Begun,
-    Done(Result<T>),
+    /// The device that the command changes, if it changes one.
+    changes: Option<u32>,
 }
 
 impl Ask {
-    /// A command of the driver about a device.
+    /// A command of the driver that changes a device.
     pub(super) fn of(dev_id: u32, command: &str) -> Self {
+        Self {
+            changes: Some(dev_id),
+            ..Self::query(dev_id, command)
+        }
+    }
+
+    /// A question about a device. The driver answers it also while another command of the device hangs.
+    pub(super) fn query(dev_id: u32, command: &str) -> Self {
         Self::about(&block_path(dev_id).display().to_string(), command)
     }
 
@@ -59,6 +82,7 @@ impl Ask {
         Self {
             what: format!("{subject}: {command}"),
             limit: LIMIT,
+            changes: None,
         }
     }
 
@@ -68,7 +92,7 @@ impl Ask {
         self
     }
 
-    /// Runs `job` on the control thread.
+    /// Runs `job` on a control thread.
     pub(super) fn run<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Commands) -> Result<T> + Send + 'static,
@@ -76,48 +100,62 @@ impl Ask {
         self.run_unless(|| None, job)
     }
 
-    /// Runs `job` on the control thread, and gives up waiting for it as soon as `failed` has something to say.
+    /// Runs `job` on a control thread, and gives up waiting for it as soon as `failed` returns an error.
     pub(super) fn run_unless<T: Send + 'static>(
         &self,
         failed: impl Fn() -> Option<Error>,
         job: impl FnOnce(&mut Commands) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        if let Some(dev_id) = self.changes {
+            refuse_stuck(dev_id)?;
+        }
         let (answers, answered) = mpsc::channel();
         let is_given_up = Arc::new(Latch::default());
-        let heeded = Arc::clone(&is_given_up);
-        submit(Box::new(move |slot| {
-            // A caller that has given up must not have its command carried out behind its back.
-            if answers.send(Answer::Begun).is_err() {
-                return;
+        let given_up = Arc::clone(&is_given_up);
+        let changes = self.changes;
+        submit(Box::new(move |worker| {
+            let result = worker.commands(&given_up).and_then(job);
+            // Before the answer, so that the caller's next command finds this thread idle.
+            worker.rest();
+            if let (Some(dev_id), true) = (changes, given_up.is_set()) {
+                STUCK.lock().retain(|(other, _)| *other != dev_id);
             }
-            let result = slot.commands(&heeded).and_then(job);
-            if answers.send(Answer::Done(result)).is_err() {
+            if answers.send(result).is_err() {
                 tracing::warn!("the kernel answered a ublk control command that was given up");
             }
         }))?;
-        let waited = match self.wait(&answered, TURN, &failed) {
-            Ok(Answer::Begun) => self.wait(&answered, self.limit, &failed),
-            other => other,
+        let error = match self.wait(&answered, &failed) {
+            Ok(result) => return result,
+            Err(error) => error,
         };
-        match waited {
-            Ok(Answer::Done(result)) => result,
-            Ok(Answer::Begun) => Err(self.vanished()),
-            Err(error) => {
-                is_given_up.set();
-                if answered.recv_timeout(CANCEL_LIMIT).is_err() {
-                    leave_behind();
+        if let Some(dev_id) = changes {
+            STUCK.lock().push((dev_id, self.what.clone()));
+        }
+        is_given_up.set();
+        match answered.recv_timeout(CANCEL_LIMIT) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) | Ok(Err(_)) => self.no_longer_stuck(),
+            // It ended in the last moment.
+            Ok(done) => {
+                self.no_longer_stuck();
+                if failed().is_none() {
+                    return done;
                 }
-                Err(error)
             }
         }
+        Err(error)
     }
 
+    fn no_longer_stuck(&self) {
+        STUCK.lock().retain(|(_, what)| *what != self.what);
+    }
+
+    /// Waits for the answer; an error if `failed` returns one, or if it does not come in time.
     fn wait<T>(
         &self,
-        answered: &Receiver<Answer<T>>,
-        limit: Duration,
+        answered: &Receiver<Result<T>>,
         failed: &impl Fn() -> Option<Error>,
-    ) -> Result<Answer<T>> {
+    ) -> Result<Result<T>> {
         let mut waited = Duration::ZERO;
         loop {
             match answered.recv_timeout(LOOK) {
@@ -128,8 +166,8 @@ impl Ask {
             if let Some(error) = failed() {
                 return Err(error);
             }
-            if waited >= limit {
-                return Err(self.too_late(limit));
+            if waited >= self.limit {
+                return Err(self.too_late(self.limit));
             }
         }
     }
@@ -157,8 +195,12 @@ impl Ask {
     }
 }
 
-impl Slot {
+impl Worker {
     fn commands(&mut self, is_given_up: &Arc<Latch>) -> Result<&mut Commands> {
+        // A caller that has given up must not have its command carried out behind its back.
+        if is_given_up.is_set() {
+            return Err(Error::new(ErrorKind::Io));
+        }
         let commands = match &mut self.commands {
             Some(commands) => commands,
             slot @ None => slot.insert(Commands::open().map_err(cannot_control)?),
@@ -166,34 +208,55 @@ impl Slot {
         commands.heed(is_given_up);
         Ok(commands)
     }
+
+    /// Takes the next job.
+    fn rest(&self) {
+        WORKERS.lock().idle.push(self.jobs.clone());
+    }
 }
 
+/// Runs a job on an idle control thread, or on a new one.
 fn submit(mut job: Job) -> Result<()> {
-    let mut thread = THREAD.lock();
-    if let Some(jobs) = &*thread {
-        match jobs.send(job) {
+    let mut workers = WORKERS.lock();
+    while let Some(idle) = workers.idle.pop() {
+        match idle.send(job) {
             Ok(()) => return Ok(()),
             Err(unsent) => job = unsent.0,
         }
+    }
+    if workers.count >= WORKERS_MAX {
+        let message = format!(
+            "{WORKERS_MAX} ublk control commands are under way or hang in the kernel; the kernel's log may tell why"
+        );
+        return Err(Error::with(ErrorKind::Busy, message));
     }
     let (jobs, queue) = mpsc::channel::<Job>();
     task::spawn("ublk-control", move || {
         task::block_signals();
         task::become_io_flusher();
-        let mut slot = Slot { commands: None };
+        let mut worker = Worker {
+            commands: None,
+            jobs,
+        };
+        job(&mut worker);
         for job in queue {
-            job(&mut slot);
+            job(&mut worker);
         }
     })?;
-    if jobs.send(job).is_ok() {
-        *thread = Some(jobs);
-    }
+    workers.count += 1;
     Ok(())
 }
 
-/// Lets the next command start a fresh thread: this one waits for the kernel.
-fn leave_behind() {
-    *THREAD.lock() = None;
+/// An error while a command of this device hangs in the kernel: what would change the device, or open it, would hang too.
+pub fn refuse_stuck(dev_id: u32) -> Result<()> {
+    let stuck = STUCK.lock();
+    match stuck.iter().find(|(other, _)| *other == dev_id) {
+        None => Ok(()),
+        Some((_, what)) => Err(Error::with(
+            ErrorKind::Busy,
+            format!("{what}: is still under way in the kernel; the kernel's log may tell why"),
+        )),
+    }
 }
 
 /// Why the driver cannot be spoken to.

@@ -2,8 +2,8 @@
 //!
 //! What happens, in order:
 //!
-//! 1. [`Served::add`] asks the driver for its features and adds a device with those that help (`steps`). The thread that
-//!    sends control commands has a watchdog in front of it (`control`), so that a kernel that hangs is an error.
+//! 1. [`Served::add`] asks the driver for its features and adds a device with those that help (`steps`). The threads that
+//!    send control commands have a watchdog in front of them (`control`), so that a kernel that hangs is an error.
 //! 2. Each queue gets a thread and a ring (`queue`), and fetches for each tag (`fetch`): such an entry is answered when the
 //!    kernel has a request for that tag.
 //! 3. The driver gets the parameters (`params`) and starts: it waits for all fetches, then makes `/dev/ublkbN`. The
@@ -12,8 +12,8 @@
 //!    volume by its tag's task (`request`), which works on the pool's file through the same ring (`ring_device`). What it
 //!    waits for in another thread wakes this one (`wake`). The bytes are in the client's pages (`registered`), or in
 //!    buffers (`arena`) that the driver copies from and to. The result goes back with the next fetch of that tag.
-//! 5. [`Served::remove`] stops the device, which answers everything first; then the fetches end, the threads, the rings;
-//!    then the device is deleted.
+//! 5. [`Served::stop`] stops the device, which answers everything first. [`Served::delete`] waits until the fetches, the
+//!    threads and the rings have ended, and then deletes the device.
 //! 6. Or the process dies, or [`Served::abandon`]s the device. The kernel sees the rings close, keeps the block device,
 //!    and parks its requests, those under way too. [`Served::recover`] in the next process fetches again, and the parked
 //!    requests come. A write that was under way may so be carried out twice.
@@ -40,6 +40,7 @@ mod task;
 mod wake;
 
 pub use claim::Claim;
+pub use control::refuse_stuck;
 pub use driver::{Check, Driver, driver};
 pub use holders::{Holder, holders, sharers};
 pub use recover::{KernelDevice, Phase, device_exists, device_state, forget, orphans};

@@ -65,7 +65,7 @@ pub fn device_state(dev_id: u32) -> Result<Option<KernelDevice>> {
     if !device_exists(dev_id) {
         return Ok(None);
     }
-    Ask::of(dev_id, "GET_DEV_INFO").run(move |commands| info(commands, dev_id))
+    Ask::query(dev_id, "GET_DEV_INFO").run(move |commands| info(commands, dev_id))
 }
 
 fn info(commands: &mut Commands, dev_id: u32) -> Result<Option<KernelDevice>> {

@@ -83,7 +83,7 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// A device that this process serves; it owns the queue threads.
 ///
-/// Dropped without [`Served::remove`] or [`Served::abandon`], it goes on being served until the process ends.
+/// Dropped without [`Served::delete`] or [`Served::abandon`], it goes on being served until the process ends.
 pub struct Served {
     state: DeviceState,
     file: Arc<PoolFile>,
@@ -302,12 +302,17 @@ impl Served {
         })
     }
 
-    /// Stops and deletes the device; `/dev/ublkbN` is gone on return. The caller has seen that nobody holds it. Blocks.
-    pub fn remove(self) -> Result<()> {
-        let dev_id = self.state.dev_id;
+    /// Stops the device: `/dev/ublkbN` is gone on return. The caller has seen that nobody holds it. If this fails, the
+    /// queues go on serving, and it can be tried again. Blocks.
+    pub fn stop(&self) -> Result<()> {
         self.attached().stop_waiting();
         // The queues serve until this returned: what is dirty in the page cache comes first.
-        steps::stop(dev_id)?;
+        steps::stop(self.state.dev_id)
+    }
+
+    /// Deletes a device that was stopped. Blocks.
+    pub fn delete(self) -> Result<()> {
+        let dev_id = self.state.dev_id;
         self.end_queues(false)?;
         steps::delete(dev_id)?;
         tracing::info!(device = %block_path(dev_id).display(), "removed");
