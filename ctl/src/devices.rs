@@ -15,7 +15,7 @@ use blockfork::units::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tracing::{info, warn};
@@ -321,17 +321,31 @@ impl Devices {
 
 /// Replaces a link in one step.
 fn make_link(link: &Path, target: &str) -> io::Result<()> {
-    if let Some(directory) = link.parent() {
-        fs::create_dir_all(directory)?;
+    let directory = link.parent().unwrap_or(Path::new("/"));
+    make_open_directory(directory)?;
+    let (temporary, ()) = state::make_temporary(directory, |path| symlink(target, path))?;
+    fs::rename(&temporary, link).inspect_err(|_| {
+        if let Err(e) = fs::remove_file(&temporary) {
+            warn!(link = %temporary.display(), "cannot be removed: {e}");
+        }
+    })
+}
+
+/// Makes a directory and those above it, so that everybody can follow the links in it whatever the umask: what a device
+/// may be used for is said by the rights of its node.
+fn make_open_directory(directory: &Path) -> io::Result<()> {
+    match fs::create_dir(directory) {
+        Ok(()) => fs::set_permissions(directory, fs::Permissions::from_mode(0o755)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => match directory.parent() {
+            Some(above) => {
+                make_open_directory(above)?;
+                make_open_directory(directory)
+            }
+            None => Err(e),
+        },
+        Err(e) => Err(e),
     }
-    let mut temporary = link.as_os_str().to_owned();
-    temporary.push(".new");
-    match fs::remove_file(&temporary) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    symlink(target, &temporary)?;
-    fs::rename(&temporary, link)
 }
 
 #[cfg(test)]
@@ -345,9 +359,14 @@ mod tests {
         make_link(&link, "/dev/ublkb0").unwrap();
         make_link(&link, "/dev/ublkb1").unwrap();
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("/dev/ublkb1"));
+        // A volume of any name beside it keeps its link.
+        make_link(&directory.path().join("p0/v@s.new"), "/dev/ublkb2").unwrap();
+        make_link(&link, "/dev/ublkb3").unwrap();
         assert_eq!(
             fs::read_dir(directory.path().join("p0")).unwrap().count(),
-            1
+            2
         );
+        let folder = fs::metadata(directory.path().join("p0")).unwrap();
+        assert_eq!(folder.permissions().mode() & 0o777, 0o755);
     }
 }

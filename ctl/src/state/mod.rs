@@ -5,7 +5,7 @@ mod machine;
 mod registry;
 mod runtime;
 
-pub(crate) use files::{read_json, remove_file, write_file, write_json};
+pub(crate) use files::{make_temporary, read_json, remove_file, write_file, write_json};
 pub(crate) use machine::{boot_id, metadata_cache};
 pub(crate) use registry::{PoolEntry, Registry};
 pub(crate) use runtime::{Runtime, pools_with_devices};

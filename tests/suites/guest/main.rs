@@ -7,6 +7,7 @@ mod faults;
 mod filesystems;
 mod full_pool;
 mod kills;
+mod links;
 mod log_writes;
 mod on_full;
 mod ranges;
