@@ -6,6 +6,7 @@ use crate::devices::Devices;
 use crate::events::Told;
 use crate::exit_code::{about, from_code, one_line};
 use crate::host::{Host, Progress, Role};
+use crate::inherited;
 use crate::marks::Marks;
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, PoolEntry, Registry, Runtime};
@@ -110,8 +111,8 @@ pub(crate) fn hold(
     connection.end()
 }
 
-/// Hands over what the pool's daemon tells, until it ends or `hear` fails.
-pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<()>) -> Result<()> {
+/// Hands over what the pool's daemon tells, until the daemon ends or `hear` fails or says that it hears no longer.
+pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<bool>) -> Result<()> {
     Registry::from_env()?.find(pool)?;
     let Some(mut connection) = Connection::open(&Runtime::of(pool)?, &SystemClock::new())? else {
         return Err(Error::with(
@@ -136,7 +137,11 @@ pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<()>) -> Re
         let line = protocol::read_line(&mut connection.input, limits, &clock).map_err(ended)?;
         let line = line.ok_or_else(|| ended(io::ErrorKind::UnexpectedEof.into()))?;
         match serde_json::from_slice(&line).map_err(|e| ended(e.into()))? {
-            Message::Event(told) => hear(told)?,
+            Message::Event(told) => {
+                if !hear(told)? {
+                    return Ok(());
+                }
+            }
             Message::Error { kind, message } => return Err(Message::into_error(&kind, message)),
             Message::Hello { .. }
             | Message::Progress { .. }
@@ -292,7 +297,9 @@ impl Connection {
     fn shut_down_on_signal(&self) -> Result<()> {
         let failed = |e| Error::io(e, "signals cannot be caught");
         let stream = self.input.get_ref().try_clone().map_err(failed)?;
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
+        let wanted = [SIGINT, SIGHUP].into_iter();
+        let wanted = wanted.filter(|signal| !inherited::is_ignored(*signal));
+        let mut signals = Signals::new(wanted.chain([SIGTERM])).map_err(failed)?;
         let wait = move || {
             let mut is_first = true;
             for signal in signals.forever() {

@@ -12,6 +12,7 @@ mod exports;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod host;
+mod inherited;
 mod lineage;
 mod marks;
 mod output;
@@ -26,10 +27,12 @@ mod state;
 use clap::Parser;
 use clap::error::ErrorKind as UsageKind;
 use std::error::Error as _;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
+    inherited::put_right();
     let cli = match cli::Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
@@ -53,15 +56,19 @@ fn usage(error: &clap::Error) -> ExitCode {
     );
     if !is_help {
         output::say(&mistake(error));
-    } else if let Err(e) = error.print() {
-        tracing::debug!("nobody reads the help: {e}");
+        return exit_code::code(exit_code::USAGE);
     }
-    let is_mistake = error.use_stderr();
-    exit_code::code(if is_mistake {
-        exit_code::USAGE
-    } else {
-        exit_code::OK
-    })
+    let printed = error.print().and_then(|()| io::stdout().flush());
+    if error.use_stderr() {
+        return exit_code::code(exit_code::USAGE);
+    }
+    match output::written(printed) {
+        Ok(_) => exit_code::code(exit_code::OK),
+        Err(e) => {
+            output::say(&exit_code::one_line(&e));
+            exit_code::code(exit_code::FAILED)
+        }
+    }
 }
 
 /// The longest line about a command line, which repeats what was typed.

@@ -2,7 +2,7 @@
 //! A reader that goes away (`| head`) is not an error.
 
 use crate::size;
-use blockfork::error::{Error, Result};
+use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::units::Timestamp;
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -180,15 +180,29 @@ pub(crate) fn json_text<T: Serialize>(value: &T) -> Result<String> {
 
 /// Prints text as it is.
 pub(crate) fn text(out: &str) -> Result<()> {
+    text_if_read(out).map(drop)
+}
+
+/// Prints text as it is; false if nobody reads it any more.
+pub(crate) fn text_if_read(out: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
-    match stdout
-        .write_all(out.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::io(e, "stdout: cannot be written"))
-        }
-        _ => Ok(()),
+    written(
+        stdout
+            .write_all(out.as_bytes())
+            .and_then(|()| stdout.flush()),
+    )
+}
+
+/// What came of writing to stdout: whether somebody reads it. An error is only that the command failed, whatever the
+/// errno: a disk that has no room for a command's output is not a pool without space.
+pub(crate) fn written(result: io::Result<()>) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Error::with(
+            ErrorKind::Io,
+            format!("stdout: cannot be written: {e}"),
+        )),
     }
 }
 
@@ -254,6 +268,16 @@ mod tests {
         let mut table = Table::new([("path", Align::Left)]);
         table.row(vec!["/srv/a\nb\tc".into()]);
         assert_eq!(table.render(Format::default()), "PATH\n/srv/a\\nb\\tc\n");
+    }
+
+    #[test]
+    fn an_output_that_cannot_be_written_is_a_failure_of_the_command_alone() {
+        for errno in [libc::ENOSPC, libc::EDQUOT, libc::EFBIG, libc::EIO] {
+            let error = written(Err(io::Error::from_raw_os_error(errno))).unwrap_err();
+            assert_eq!(error.kind().exit_code(), crate::exit_code::FAILED);
+        }
+        let closed = written(Err(io::Error::from_raw_os_error(libc::EPIPE)));
+        assert!(!closed.unwrap());
     }
 
     #[test]

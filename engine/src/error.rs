@@ -160,16 +160,23 @@ impl Error {
         error
     }
 
-    /// An operating-system error, its kind taken from the errno.
+    /// An operating-system error, its kind taken from the errno. It names the way out where the errno alone does not.
     pub fn io(source: std::io::Error, message: impl Into<String>) -> Self {
         let kind = match source.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::OutOfSpace,
+            Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::OutOfSpace,
             Some(libc::EACCES | libc::EPERM) => ErrorKind::Permission,
             Some(libc::EROFS) => ErrorKind::ReadOnly,
             Some(libc::ENOENT) => ErrorKind::NotFound,
             Some(libc::EBUSY) => ErrorKind::Busy,
             _ => ErrorKind::Io,
         };
+        let mut message = message.into();
+        // Not a lack of space: nothing that is removed from the pool or from the file system helps.
+        if source.raw_os_error() == Some(libc::EFBIG) {
+            message.push_str(
+                "; the file may not be so large: see the process's limit (`ulimit -f`, `prlimit --fsize`) and that of the file system",
+            );
+        }
         let mut error = Self::with(kind, message);
         error.0.source = Some(source);
         error

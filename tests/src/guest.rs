@@ -141,6 +141,25 @@ impl Pool {
         command.args(words).output().expect("ublkctl starts")
     }
 
+    /// Runs ublkctl, which must succeed, from a shell that did `setup` before, which changes what ublkctl inherits.
+    #[track_caller]
+    pub fn ctl_after(&self, setup: &str, words: &[&str]) -> String {
+        let mut command = self.prepared("/bin/sh");
+        let line = format!("{setup}; exec ublkctl \"$@\"");
+        let output = command.args(["-c", &line, "sh"]).args(words).output();
+        let output = output.expect("sh starts");
+        assert!(
+            output.status.success(),
+            "{setup}; ublkctl {}: {}\n{}",
+            words.join(" "),
+            output.status,
+            complaints(&output)
+        );
+        String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_owned()
+    }
+
     /// Starts ublkctl beside the test.
     pub fn start_ctl(&self, words: &[&str]) -> Background {
         let mut command = self.prepared("ublkctl");

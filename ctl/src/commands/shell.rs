@@ -2,7 +2,7 @@
 
 use crate::cli::Cli;
 use crate::output;
-use blockfork::error::{Error, Result};
+use blockfork::error::{Error, ErrorKind, Result};
 use clap::CommandFactory;
 use std::path::Path;
 
@@ -14,10 +14,11 @@ pub(super) fn completions(shell: clap_complete::Shell) -> Result<()> {
 
 pub(super) fn man(directory: &Path) -> Result<()> {
     let written = clap_mangen::generate_to(Cli::command(), directory);
+    // A directory without room for them is not a pool without space.
     written.map_err(|e| {
-        Error::io(
-            e,
-            format!("{}: the pages cannot be written", directory.display()),
+        Error::with(
+            ErrorKind::Io,
+            format!("{}: the pages cannot be written: {e}", directory.display()),
         )
     })
 }

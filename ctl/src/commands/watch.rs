@@ -10,6 +10,6 @@ pub(super) fn watch(pool: &Name) -> Result<()> {
         let mut line =
             serde_json::to_string(&told).map_err(|e| Error::io(e.into(), "an event as JSON"))?;
         line.push('\n');
-        output::text(&line)
+        output::text_if_read(&line)
     })
 }

@@ -12,6 +12,7 @@ mod requests;
 use crate::client;
 use crate::exit_code::one_line;
 use crate::host::{Host, Role};
+use crate::inherited;
 use crate::state::{self, PoolEntry, Registry, Runtime};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::device::{Access, PoolFile};
@@ -63,18 +64,36 @@ impl Daemon {
 /// Serves a pool until a signal comes or, `detached`, until its last device is gone.
 /// `metadata_cache`: memory for metadata in bytes, if not what is usual.
 pub(crate) fn serve(pool: &Name, detached: bool, metadata_cache: Option<u64>) -> Result<()> {
+    // Before anything is opened.
+    let closed = if detached {
+        inherited::close_descriptors()
+    } else {
+        Ok(())
+    };
     start_log();
+    if let Err(e) = closed {
+        warn!("descriptors of the command that started it stay open: {e}");
+    }
     let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
     runtime.prepare()?;
-    if detached && let Err(e) = process::leave_session() {
-        warn!("still in the session of the command that started it: {e}");
+    if detached {
+        if let Err(e) = process::leave_session() {
+            warn!("still in the session of the command that started it: {e}");
+        }
+        if let Err(e) = inherited::raise_priority() {
+            warn!("its priority is that of the command that started it: {e}");
+        }
     }
+    // The limits of a service are meant for it. Those of a command that attaches a volume are not.
+    inherited::lift_limits(detached);
     for fact in process::prepare() {
         warn!("{fact}");
     }
     // Before any other thread, so that no signal ends the process in between.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+    let ends_on_interrupt = detached || !inherited::is_ignored(SIGINT);
+    let caught = [SIGTERM, SIGHUP].into_iter();
+    let signals = Signals::new(caught.chain(ends_on_interrupt.then_some(SIGINT)))
         .map_err(|e| Error::io(e, "signals cannot be caught"))?;
     let host = open(&entry, &runtime)?;
     if let Some(bytes) = metadata_cache {
@@ -201,6 +220,9 @@ fn start_log() {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(false)
+        // It would say on stderr that stderr cannot be written, and panic when that fails: a log without room would end
+        // the daemon.
+        .log_internal_errors(false)
         .try_init();
     if let Err(e) = started {
         crate::output::say(&format!("no log: {e}"));

@@ -74,6 +74,19 @@ impl Machine {
         command
     }
 
+    /// The command as a shell starts it after `setup`, which changes what the command inherits.
+    pub(crate) fn command_after(&self, setup: &str, words: &[&str]) -> Command {
+        let command = self.command(words);
+        let mut shell = Command::new("/bin/sh");
+        let line = format!("{setup}; exec \"$@\"");
+        shell.args(["-c", &line, "sh"]).arg(command.get_program());
+        shell.args(command.get_args()).stdin(Stdio::null());
+        for (variable, value) in command.get_envs() {
+            shell.env(variable, value.unwrap_or_default());
+        }
+        shell
+    }
+
     /// Runs a command.
     pub(crate) fn run(&self, words: &[&str]) -> Said {
         said(&self.command(words).output().expect("ublkctl starts"))
@@ -136,9 +149,21 @@ impl Machine {
     /// The same, with options.
     #[track_caller]
     pub(crate) fn serve_with(&self, pool: &str, options: &[&str]) -> Daemon {
-        let log = fs::File::create(self.path("serve.log")).expect("a log");
         let mut command = self.command(&["serve", pool]);
         command.args(options);
+        self.serve_by(pool, command)
+    }
+
+    /// Starts a daemon with this command and waits until it answers.
+    #[track_caller]
+    pub(crate) fn serve_by(&self, pool: &str, command: Command) -> Daemon {
+        let log = fs::File::create(self.path("serve.log")).expect("a log");
+        self.serve_logging(pool, command, log)
+    }
+
+    /// The same, with its log elsewhere.
+    #[track_caller]
+    pub(crate) fn serve_logging(&self, pool: &str, mut command: Command, log: fs::File) -> Daemon {
         let child = command
             .stdout(Stdio::null())
             .stderr(log)
@@ -186,6 +211,11 @@ impl Daemon {
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it has not ended yet.
+    pub(crate) fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Ends it as `kill` does; its exit code.

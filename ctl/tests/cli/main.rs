@@ -3,11 +3,13 @@
 mod bad_input;
 mod daemon;
 mod hostile;
+mod inherited;
 mod kit;
 mod limits;
 mod nbd;
 mod offline;
 mod order;
+mod output;
 mod read_only;
 mod repair;
 mod watch;

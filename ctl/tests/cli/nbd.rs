@@ -33,7 +33,14 @@ impl Serving {
     #[track_caller]
     pub(crate) fn start(machine: &Machine, words: &[&str]) -> Self {
         let mut command = machine.command(&["serve-nbd"]);
-        let mut child = (command.args(words))
+        command.args(words);
+        Self::start_by(command)
+    }
+
+    /// Starts it with this command.
+    #[track_caller]
+    pub(crate) fn start_by(mut command: Command) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -44,7 +51,7 @@ impl Serving {
         let uri = uri.trim_end().to_owned();
         if uri.is_empty() {
             let output = child.wait_with_output().expect("it ends");
-            panic!("serve-nbd {words:?}: {:?}", said(&output));
+            panic!("{command:?}: {:?}", said(&output));
         }
         let socket = uri.split_once("?socket=").map(|(_, path)| path.into());
         Self {
@@ -58,14 +65,24 @@ impl Serving {
         Client::connect(&self.socket).expect("an NBD server")
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         run("kill", &[signal, &pid]);
     }
 
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it as ^C does; its exit code and what it said.
     pub(crate) fn end(self) -> (Option<i32>, String) {
-        self.signal("-INT");
+        self.end_by("-INT")
+    }
+
+    /// Ends it with this signal.
+    pub(crate) fn end_by(self, signal: &str) -> (Option<i32>, String) {
+        self.signal(signal);
         self.ends()
     }
 

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Mutex;
 use crate::units::{BLOCK_BYTES, SECTOR_BYTES};
 use rustix::fs::{AtFlags, StatxFlags};
+use rustix::process::{Resource, getrlimit};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -101,8 +102,12 @@ impl PoolFile {
             (file.metadata().map(|m| m.len()), Ok(SECTOR_BYTES))
         };
         let failed = |e| Error::io(e, format!("{shown}: its size cannot be read"));
+        let bytes = bytes.map_err(failed)?;
+        if access.write && !is_block_device {
+            refuse_limited(path, bytes)?;
+        }
         Ok(Self {
-            bytes: bytes.map_err(failed)?,
+            bytes,
             sector_bytes: sector_bytes.map_err(failed)?,
             file,
             _below: below,
@@ -256,6 +261,21 @@ fn open_direct_or_buffered(path: &Path, write: bool, claim: i32) -> io::Result<(
     match open(claim | libc::O_DIRECT) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok((open(claim)?, false)),
         other => Ok((other?, true)),
+    }
+}
+
+/// Refuses a file of which this process may not write all: sooner or later a write of metadata would fail, after which
+/// the pool takes no more writes at all.
+fn refuse_limited(path: &Path, bytes: u64) -> Result<()> {
+    match getrlimit(Resource::Fsize).current {
+        Some(limit) if limit < bytes => Err(Error::with(
+            ErrorKind::Permission,
+            format!(
+                "{}: has {bytes} bytes, and this process may write only the first {limit} of a file; raise that limit with `ulimit -f unlimited`, or as root",
+                path.display()
+            ),
+        )),
+        Some(_) | None => Ok(()),
     }
 }
 

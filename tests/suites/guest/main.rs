@@ -6,6 +6,7 @@ mod devices;
 mod faults;
 mod filesystems;
 mod full_pool;
+mod inherited;
 mod kills;
 mod links;
 mod log_writes;
