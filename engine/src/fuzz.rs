@@ -12,12 +12,13 @@ use crate::format::{catalog, counts, journal as journal_block, map_page};
 use crate::journal::ring;
 use crate::limits::{NAME_BYTES_MAX, POOL_BLOCKS_MIN};
 use crate::name::{Name, Target, VolumePath};
-use crate::units::{BLOCK_LEN, Generation, Pba, PoolId, Seq};
+use crate::units::{BLOCK_LEN, Generation, MetadataId, Pba, PoolId, Seq};
 
 #[cfg(not(any(shuttle, loom_cells)))]
 pub use crate::nbd::fuzz::{handshake as nbd_handshake, requests as nbd_requests};
 
 const POOL: PoolId = PoolId([1; 16]);
+const METADATA: MetadataId = MetadataId(POOL.0);
 const PLACE: PagePtr = PagePtr {
     pba: Pba(4711),
     generation: Generation(9),
@@ -25,7 +26,7 @@ const PLACE: PagePtr = PagePtr {
 
 fn identity(kind: PageKind, level: u8) -> PageIdentity {
     PageIdentity {
-        pool: POOL,
+        metadata: METADATA,
         kind,
         level,
         ptr: PLACE,
@@ -167,7 +168,7 @@ pub fn record(bytes: &[u8]) {
 pub fn journal_block(bytes: &[u8]) {
     let (flags, rest) = split(bytes);
     let header = journal_block::BlockHeader {
-        pool: POOL,
+        metadata: METADATA,
         number: 4,
         chain: 5,
         first_seq: Seq(6),
@@ -187,7 +188,7 @@ pub fn journal_block(bytes: &[u8]) {
             .skip(4)
             .zip(crc)
             .for_each(|(to, from)| *to = from);
-        assert!(journal_block::decode_number(&block, POOL).is_ok_and(|found| found.is_some()));
+        assert!(journal_block::decode_number(&block, METADATA).is_ok_and(|found| found.is_some()));
     }
     if let Ok(Some((mut framed, _))) = journal_block::decode_block(&block, header) {
         while let Ok((one, rest)) = journal_block::split_framed(framed) {

@@ -4,6 +4,8 @@ use crate::units::BLOCK_BYTES;
 
 /// Bytes in the longest name of a pool, a volume or a snapshot.
 pub const NAME_BYTES_MAX: usize = 127;
+/// Bytes in the longest path of a shared ring: a superblock has room for so many.
+pub const RING_PATH_BYTES_MAX: usize = 255;
 /// The smallest pool, in blocks (16 MiB).
 pub const POOL_BLOCKS_MIN: u64 = 16 * 1024 * 1024 / BLOCK_BYTES;
 /// The largest pool, in blocks (8 PiB).

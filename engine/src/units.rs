@@ -47,6 +47,11 @@ pub struct VolumeId(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PoolId(pub [u8; 16]);
 
+/// The id that a pool's metadata pages and journal blocks carry. It equals the pool's id until the pool gets another id:
+/// its pages are not rewritten for that, so they keep this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub(crate) struct MetadataId(pub(crate) [u8; 16]);
+
 /// Nanoseconds since the Unix epoch.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,

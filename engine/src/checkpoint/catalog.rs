@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 /// The pages of a level, as a header names them.
 pub(super) fn identity(metadata: &Metadata, level: usize, ptr: PagePtr) -> PageIdentity {
     PageIdentity {
-        pool: metadata.id,
+        metadata: metadata.page_id,
         kind: if level == 0 {
             PageKind::Catalog
         } else {

@@ -56,6 +56,7 @@ pub(crate) async fn load_readable<D: Device>(
 ) -> Result<(Metadata, Losses)> {
     let mut metadata = Metadata {
         id: superblock.id,
+        page_id: superblock.metadata_id,
         space: SpaceMap::new(superblock.blocks, superblock.journal),
         map: MapStore::new(superblock.generation.next()),
         catalog: Catalog::new(superblock.name.clone(), superblock.next_id),
@@ -80,7 +81,7 @@ async fn load_space<D: Device>(
             let pba = index_slot(level, index, slot);
             let page = read_page(device, pba, &mut buffer).await;
             let identity = PageIdentity {
-                pool: superblock.id,
+                metadata: superblock.metadata_id,
                 kind: PageKind::CountsIndex,
                 level,
                 ptr: PagePtr { pba, generation },

@@ -11,7 +11,7 @@ use crate::format::superblock::Superblock;
 use crate::journal::Ledger;
 use crate::journal::tests::{BLOCKS, create, ledger, superblock};
 use crate::metadata::Metadata;
-use crate::units::{BLOCK_LEN, Extent, Generation, Lba, Pba, PoolId, Seq, VolumeId};
+use crate::units::{BLOCK_LEN, Extent, Generation, Lba, MetadataId, Pba, Seq, VolumeId};
 
 fn put(device: &Memory, place: Pba, superblock: &Superblock) {
     device.set_block(place, &superblock.encode(place));
@@ -464,7 +464,7 @@ fn a_superblock_with_a_catalog_of_another_size_is_damaged() {
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     }
     let mut other = found.clone();
-    other.id = PoolId([9; 16]);
+    other.metadata_id = MetadataId([9; 16]);
     assert!(now(load(&world.device, &other)).is_err());
     // A number beyond the next one: the entry is lost, the rest is not.
     let mut early = found;

@@ -12,7 +12,7 @@ use crate::journal::{Ledger, State};
 use crate::map::FrozenPage;
 use crate::space::{Fault, FrozenSpace};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
-use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, Pba, PoolId, Seq};
+use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, MetadataId, Pba, Seq};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -250,11 +250,11 @@ impl Checkpoints {
             return Ok(());
         };
         let frozen = &unfinished.frozen;
-        let mut written = write_pages(device, ledger.pool, frozen, ending).await;
+        let mut written = write_pages(device, ledger.metadata_id, frozen, ending).await;
         if lacks_room(&written) {
             device.release_ballast();
             current.has_ballast = false;
-            written = write_pages(device, ledger.pool, frozen, ending).await;
+            written = write_pages(device, ledger.metadata_id, frozen, ending).await;
         }
         self.lacks_room
             .store(lacks_room(&written), Ordering::Relaxed);
@@ -344,7 +344,7 @@ enum Page<'a> {
 
 async fn write_pages<D: Device>(
     device: &D,
-    pool: PoolId,
+    metadata: MetadataId,
     frozen: &Frozen,
     ending: Ending,
 ) -> Result<()> {
@@ -390,7 +390,7 @@ async fn write_pages<D: Device>(
             .count();
         let (run, later) = rest.split_at(length);
         for ((pba, page), place) in run.iter().zip(buffer.chunks_exact_mut(BLOCK_LEN)) {
-            place.copy_from_slice(&encode(page, *pba, pool, generation));
+            place.copy_from_slice(&encode(page, *pba, metadata, generation));
         }
         device
             .write(first.offset(), &buffer[..length * BLOCK_LEN])
@@ -404,9 +404,9 @@ async fn write_pages<D: Device>(
     Ok(())
 }
 
-fn encode(page: &Page<'_>, pba: Pba, pool: PoolId, generation: Generation) -> PageBytes {
+fn encode(page: &Page<'_>, pba: Pba, metadata: MetadataId, generation: Generation) -> PageBytes {
     let identity = |kind, level| PageIdentity {
-        pool,
+        metadata,
         kind,
         level,
         ptr: PagePtr { pba, generation },

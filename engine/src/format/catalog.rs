@@ -349,10 +349,10 @@ pub(crate) fn decode_index(
 mod tests {
     use super::*;
     use crate::format::page::PageKind;
-    use crate::units::PoolId;
+    use crate::units::MetadataId;
 
     const PLACE: PageIdentity = PageIdentity {
-        pool: PoolId([1; 16]),
+        metadata: MetadataId([1; 16]),
         kind: PageKind::Catalog,
         level: 0,
         ptr: PagePtr {

@@ -7,7 +7,7 @@ use super::bytes::{Reader, Writer, crc_without};
 use super::one_bit::flipped_bit;
 use super::record::{RECORD_BYTES_MAX, Record};
 use crate::error::{Error, Result};
-use crate::units::{BLOCK_LEN, PoolId, Seq};
+use crate::units::{BLOCK_LEN, MetadataId, Seq};
 
 /// `BFjb`.
 const MAGIC: u32 = u32::from_le_bytes(*b"BFjb");
@@ -60,7 +60,7 @@ pub(crate) fn decode_framed(framed: &[u8]) -> Result<Framed> {
 /// A journal block's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockHeader {
-    pub(crate) pool: PoolId,
+    pub(crate) metadata: MetadataId,
     /// Its number, ascending by one; its place is the number modulo the journal's size.
     pub(crate) number: u64,
     /// The CRC of the block before.
@@ -96,7 +96,7 @@ pub(crate) fn encode_blocks(
         let mut writer = Writer::new(&mut block);
         writer.u32(MAGIC);
         writer.u32(0);
-        writer.bytes(&header.pool.0);
+        writer.bytes(&header.metadata.0);
         writer.u64(header.number);
         writer.u64(header.first_seq.0);
         writer.u32(header.chain);
@@ -128,7 +128,7 @@ pub(crate) fn decode_block(
         return Ok(None);
     }
     let crc = reader.u32()?;
-    let is_next = reader.array()? == header.pool.0
+    let is_next = reader.array()? == header.metadata.0
         && reader.u64()? == header.number
         && reader.u64()? == header.first_seq.0
         && reader.u32()? == header.chain;
@@ -147,7 +147,7 @@ pub(crate) fn is_decayed(block: &[u8; BLOCK_LEN], header: BlockHeader) -> Result
     let mut writer = Writer::new(&mut expected);
     writer.u32(MAGIC);
     writer.u32(0);
-    writer.bytes(&header.pool.0);
+    writer.bytes(&header.metadata.0);
     writer.u64(header.number);
     writer.u64(header.first_seq.0);
     writer.u32(header.chain);
@@ -170,11 +170,14 @@ pub(crate) fn is_decayed(block: &[u8; BLOCK_LEN], header: BlockHeader) -> Result
 }
 
 /// For any block: its number and its commit's first, if it is a whole journal block of the pool.
-pub(crate) fn decode_number(block: &[u8; BLOCK_LEN], pool: PoolId) -> Result<Option<(u64, u64)>> {
+pub(crate) fn decode_number(
+    block: &[u8; BLOCK_LEN],
+    metadata: MetadataId,
+) -> Result<Option<(u64, u64)>> {
     let mut reader = Reader::new(block);
     let is_ours = reader.u32()? == MAGIC
         && reader.u32()? == crc_without(block, CRC_AT)
-        && reader.array()? == pool.0;
+        && reader.array()? == metadata.0;
     if !is_ours {
         return Ok(None);
     }
@@ -259,7 +262,7 @@ mod tests {
             }
         }
         let mut header = BlockHeader {
-            pool: PoolId([1; 16]),
+            metadata: MetadataId([1; 16]),
             number: 40,
             chain: 5,
             first_seq: Seq(100),
@@ -291,7 +294,7 @@ mod tests {
         let mut framed = Vec::new();
         encode_framed(&Record::Remove { id: VolumeId(1) }, false, &mut framed);
         let header = BlockHeader {
-            pool: PoolId([1; 16]),
+            metadata: MetadataId([1; 16]),
             number: 4,
             chain: 5,
             first_seq: Seq(1),
@@ -301,7 +304,7 @@ mod tests {
         let (blocks, _) = encode_blocks(&framed, header).unwrap();
         for other in [
             BlockHeader {
-                pool: PoolId([2; 16]),
+                metadata: MetadataId([2; 16]),
                 ..header
             },
             BlockHeader {
@@ -326,7 +329,7 @@ mod tests {
             encode_framed(&record, false, &mut framed);
         }
         let header = BlockHeader {
-            pool: PoolId([1; 16]),
+            metadata: MetadataId([1; 16]),
             number: 4,
             chain: 5,
             first_seq: Seq(1),

@@ -138,6 +138,7 @@ mod tests {
     fn slots_are_fixed_blocks_and_never_the_same() {
         let journal = journal(1 << 20);
         let mut seen = BTreeSet::from(SUPERBLOCKS);
+
         for slot in [Slot::A, Slot::B] {
             for region in 0..3 * INDEX_ENTRIES {
                 for high in [false, true] {

@@ -6,6 +6,7 @@
 pub(crate) mod bytes;
 pub(crate) mod catalog;
 pub(crate) mod counts;
+pub(crate) mod host;
 pub(crate) mod journal;
 pub(crate) mod layout;
 pub(crate) mod map_page;

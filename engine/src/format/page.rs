@@ -4,7 +4,7 @@
 
 use super::bytes::{Reader, Writer, crc_without};
 use crate::error::{Error, Result};
-use crate::units::{BLOCK_LEN, Generation, Pba, PoolId};
+use crate::units::{BLOCK_LEN, Generation, MetadataId, Pba};
 
 /// `BFpg`.
 const MAGIC: u32 = u32::from_le_bytes(*b"BFpg");
@@ -66,7 +66,7 @@ impl PageKind {
 /// All that identifies a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PageIdentity {
-    pub(crate) pool: PoolId,
+    pub(crate) metadata: MetadataId,
     pub(crate) kind: PageKind,
     pub(crate) level: u8,
     pub(crate) ptr: PagePtr,
@@ -81,7 +81,7 @@ pub(crate) fn seal(page: &mut PageBytes, identity: PageIdentity) {
     let mut writer = Writer::new(&mut header);
     writer.u32(MAGIC);
     writer.u32(0);
-    writer.bytes(&identity.pool.0);
+    writer.bytes(&identity.metadata.0);
     writer.u64(identity.ptr.pba.0);
     writer.u64(identity.ptr.generation.0);
     writer.u8(identity.kind.code());
@@ -107,7 +107,7 @@ pub(crate) fn verify(page: &PageBytes, identity: PageIdentity) -> Result<Reader<
     if reader.u32()? != crc_without(page, CRC_AT) {
         return damaged("its checksum does not match");
     }
-    if reader.array()? != identity.pool.0 {
+    if reader.array()? != identity.metadata.0 {
         return damaged("belongs to another pool");
     }
     if reader.u64()? != identity.ptr.pba.0 {
@@ -138,7 +138,7 @@ mod tests {
 
     fn identity() -> PageIdentity {
         PageIdentity {
-            pool: PoolId([7; 16]),
+            metadata: MetadataId([7; 16]),
             kind: PageKind::Map,
             level: 1,
             ptr: PagePtr {
@@ -173,7 +173,7 @@ mod tests {
         other.ptr.pba = Pba(4712);
         assert!(verify(&page, other).is_err());
         other = identity();
-        other.pool = PoolId([8; 16]);
+        other.metadata = MetadataId([8; 16]);
         assert!(verify(&page, other).is_err());
         other = identity();
         other.level = 2;

@@ -228,7 +228,7 @@ impl Ledger {
         }
         let tail = &mut commit.tail;
         let header = BlockHeader {
-            pool: self.pool,
+            metadata: self.metadata_id,
             number: tail.next,
             chain: tail.chain,
             first_seq: batch.first,

@@ -31,7 +31,7 @@ use crate::map::{MapPage, ReclaimStep};
 use crate::metadata::{Metadata, Prepared};
 use crate::space::{Fault, Missing};
 use crate::sync::{AsyncMutex, Latch, RwLock, Tickets, Watermark};
-use crate::units::{Generation, Pba, PoolId, Seq, VolumeId};
+use crate::units::{Generation, MetadataId, Pba, PoolId, Seq, VolumeId};
 use commit::Commit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,6 +52,7 @@ pub(crate) struct Ledger {
     poisoned: Latch,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) pool: PoolId,
+    pub(crate) metadata_id: MetadataId,
 }
 
 /// What one lock guards.
@@ -142,7 +143,7 @@ impl Ledger {
         ring: Option<Ring>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let pool = metadata.id;
+        let (pool, metadata_id) = (metadata.id, metadata.page_id);
         Self {
             state: RwLock::new(State {
                 metadata,
@@ -161,6 +162,7 @@ impl Ledger {
             poisoned: Latch::default(),
             clock,
             pool,
+            metadata_id,
         }
     }
 
@@ -307,7 +309,7 @@ impl Ledger {
                 let Some((bounds, place)) = wanted else {
                     return Ok(());
                 };
-                let read = read_missing(device, self.pool, bounds, missing, place).await;
+                let read = read_missing(device, self.metadata_id, bounds, missing, place).await;
                 self.state.write().metadata.supply_read(missing, read)
             }
         }
@@ -382,7 +384,7 @@ impl Metadata {
                 Err(Fault::Missing(missing)) => {
                     let place = self.missing_place(missing);
                     let bounds = self.space.bounds();
-                    let read = read_missing(device, self.id, bounds, missing, place).await;
+                    let read = read_missing(device, self.page_id, bounds, missing, place).await;
                     self.supply_read(missing, read)?;
                 }
             }
@@ -403,7 +405,7 @@ impl Metadata {
                 .map(|missing| {
                     (
                         *missing,
-                        pages_of(self.id, *missing, self.missing_place(*missing)),
+                        pages_of(self.page_id, *missing, self.missing_place(*missing)),
                     )
                 })
                 .collect();
@@ -444,13 +446,13 @@ pub(crate) async fn read_page<D: Device>(
 
 async fn read_missing<D: Device>(
     device: &D,
-    pool: PoolId,
+    metadata: MetadataId,
     bounds: Bounds,
     missing: Missing,
     place: CountsPlace,
 ) -> Result<Supplied> {
     let mut buffer = BlockBuf::zeroed(1);
-    let pages = pages_of(pool, missing, place);
+    let pages = pages_of(metadata, missing, place);
     let mut found = Vec::with_capacity(pages.len());
     for page in &pages {
         found.push(read_page(device, page.ptr.pba, &mut buffer).await?);
@@ -460,9 +462,9 @@ async fn read_missing<D: Device>(
 }
 
 /// The pages that say what is missing; none where the device has never had it.
-fn pages_of(pool: PoolId, missing: Missing, place: CountsPlace) -> Vec<PageIdentity> {
+fn pages_of(metadata: MetadataId, missing: Missing, place: CountsPlace) -> Vec<PageIdentity> {
     let identity = |kind, level, ptr| PageIdentity {
-        pool,
+        metadata,
         kind,
         level,
         ptr,

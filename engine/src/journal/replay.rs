@@ -34,7 +34,7 @@ pub(crate) async fn read_journal<D: Device>(
     let place = superblock.journal;
     let mut records = Vec::new();
     let mut header = BlockHeader {
-        pool: superblock.id,
+        metadata: superblock.metadata_id,
         number: superblock.journal_block,
         chain: superblock.journal_chain,
         first_seq: superblock.seq,
@@ -124,7 +124,7 @@ async fn find_later<D: Device>(
         let block = window
             .block(device, place % superblock.journal.count)
             .await?;
-        if let Some((number, batch)) = decode_number(block, superblock.id)?
+        if let Some((number, batch)) = decode_number(block, superblock.metadata_id)?
             && number > end
         {
             later.shows_loss |= batch > end;

@@ -5,6 +5,7 @@ use super::*;
 use crate::clock::ManualClock;
 use crate::device::memory::{Call, Memory, now};
 use crate::format::counts::IndexEntry;
+use crate::format::host::Host;
 use crate::format::journal::{BlockHeader, Framed, encode_blocks};
 use crate::format::layout::{self, TOP_ENTRIES};
 use crate::format::superblock::Superblock;
@@ -22,6 +23,7 @@ pub(crate) const BLOCKS: u64 = 4096;
 pub(crate) fn superblock() -> Superblock {
     Superblock {
         id: PoolId([7; 16]),
+        metadata_id: MetadataId([7; 16]),
         name: "p".parse().unwrap(),
         created: Timestamp(1),
         blocks: BLOCKS,
@@ -29,6 +31,9 @@ pub(crate) fn superblock() -> Superblock {
         session: 2,
         is_clean: true,
         boot_id: [0; 16],
+        host: Host::default(),
+        written: Timestamp(1),
+        ring: None,
         forbids_overcommit: false,
         journal: layout::journal(BLOCKS),
         journal_block: 0,
@@ -50,6 +55,7 @@ pub(crate) fn metadata() -> Metadata {
     }
     Metadata {
         id: superblock().id,
+        page_id: superblock().metadata_id,
         space,
         map: MapStore::new(Generation(2)),
         catalog: Catalog::new("p".parse().unwrap(), 1),
@@ -400,7 +406,7 @@ fn records_that_belong_together_are_all_prepared_before_one_is_applied() {
 /// Journal blocks of commits with so many records each; how many blocks each commit has.
 fn commits(device: &Memory, superblock: &Superblock, sizes: &[u64]) -> Vec<u64> {
     let mut header = BlockHeader {
-        pool: superblock.id,
+        metadata: superblock.metadata_id,
         number: superblock.journal_block,
         chain: superblock.journal_chain,
         first_seq: superblock.seq,
@@ -494,7 +500,7 @@ fn blocks_of_an_earlier_lap_or_another_pool_say_nothing() {
     assert!(read.lost.is_none());
     assert_eq!(read.beyond, from.journal_block + 4);
     let mut other = from.clone();
-    other.id = PoolId([8; 16]);
+    other.metadata_id = MetadataId([8; 16]);
     let read = now(read_journal(&device, &other, true)).unwrap();
     assert_eq!((read.records.len(), read.beyond), (0, from.journal_block));
     assert!(read.lost.is_none());
@@ -520,7 +526,7 @@ fn on_device(device: &Memory) -> (Ledger, crate::format::catalog::Root) {
     let frozen = ledger.adjust(|metadata| metadata.map.freeze());
     for page in frozen {
         let identity = PageIdentity {
-            pool: ledger.pool,
+            metadata: ledger.metadata_id,
             kind: PageKind::Map,
             level: page.page.level,
             ptr: page.ptr,

@@ -18,7 +18,7 @@ use crate::format::record::Record;
 use crate::limits::{CHECKPOINT_PAGES_MAX, SNAPSHOT_GROUP_MAX};
 use crate::map::{MapStore, ReclaimStep, UnmapStep};
 use crate::space::{Fault, SpaceMap, Tally};
-use crate::units::{BLOCK_BYTES, Extent, Lba, PoolId, Seq, Timestamp, VolumeId};
+use crate::units::{BLOCK_BYTES, Extent, Lba, MetadataId, PoolId, Seq, Timestamp, VolumeId};
 
 /// Where the catalog's pages stand: the pages themselves, then each index level above them.
 pub(crate) type CatalogPlaces = Vec<Vec<Option<PagePtr>>>;
@@ -27,6 +27,7 @@ pub(crate) type CatalogPlaces = Vec<Vec<Option<PagePtr>>>;
 #[derive(Debug)]
 pub(crate) struct Metadata {
     pub(crate) id: PoolId,
+    pub(crate) page_id: MetadataId,
     pub(crate) space: SpaceMap,
     pub(crate) map: MapStore,
     pub(crate) catalog: Catalog,

@@ -9,7 +9,7 @@ use crate::limits::CHECKPOINT_PAGES_MAX;
 use crate::map::{MapStore, Mapping};
 use crate::name::Name;
 use crate::space::{Fault, Missing, SpaceMap};
-use crate::units::{Extent, Generation, Lba, Pba, PoolId, Seq, Timestamp, VolumeId};
+use crate::units::{Extent, Generation, Lba, MetadataId, Pba, PoolId, Seq, Timestamp, VolumeId};
 
 const BLOCKS: u64 = 16_384;
 const MIB: u64 = 1 << 20;
@@ -25,6 +25,7 @@ pub(super) fn empty() -> Metadata {
     }
     Metadata {
         id: PoolId([7; 16]),
+        page_id: MetadataId([7; 16]),
         space,
         map: MapStore::new(Generation(2)),
         catalog: Catalog::new(name("p"), 1),

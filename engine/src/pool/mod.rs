@@ -25,6 +25,7 @@ mod tests;
 mod volumes;
 
 pub use crate::datapath::Run;
+pub use crate::format::host::{Host, HostName};
 pub use attached::{Attached, Direct, Transfer};
 pub(crate) use full::{LOOK_NS, Patience};
 pub use open::{CreateOptions, OpenOptions, PoolLabel, RingPlace};

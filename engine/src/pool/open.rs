@@ -14,13 +14,14 @@ use crate::clock::Clock;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::counts::IndexEntry;
+use crate::format::host::Host;
 use crate::format::layout::{TOP_ENTRIES, journal, usable_blocks};
 use crate::format::superblock::Superblock;
 use crate::journal::{Committed, Ledger, Ring, RingOwner};
 use crate::limits::{METADATA_CACHE_BYTES_DEFAULT, POOL_BLOCKS_MAX, POOL_BLOCKS_MIN};
 use crate::name::Name;
 use crate::sync::{AsyncMutex, Mutex};
-use crate::units::{BLOCK_BYTES, Generation, PoolId, Seq, Timestamp};
+use crate::units::{BLOCK_BYTES, Generation, MetadataId, PoolId, Seq, Timestamp};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -110,6 +111,7 @@ impl Pool {
         }
         let superblock = Superblock {
             id: options.id,
+            metadata_id: MetadataId(options.id.0),
             name: options.name,
             created: options.created,
             blocks,
@@ -117,6 +119,9 @@ impl Pool {
             session: 0,
             is_clean: true,
             boot_id: [0; 16],
+            host: Host::default(),
+            written: options.created,
+            ring: None,
             forbids_overcommit,
             journal: journal(blocks),
             journal_block: 0,
