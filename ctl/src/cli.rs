@@ -144,8 +144,8 @@ pub(crate) enum Command {
     ///
     /// `watching` comes first and says how it stands. `space-mark`: the use of space passed a mark, `up` or `down`; it is passed
     /// downwards 2 % below it. `device-added`, `device-gone`, `export-added`, `export-gone`: what is attached. `reclaim-done`: the
-    /// space of all that was removed has come back. `error`: a flush failed, or damage was found. `lost`: who reads too slowly
-    /// misses so many events. `at` is the time in nanoseconds since 1970.
+    /// space of all that was removed has come back. `error`: a flush failed, damage was found, or the pool's file was deleted,
+    /// moved or replaced. `lost`: who reads too slowly misses so many events. `at` is the time in nanoseconds since 1970.
     Watch {
         /// The pool
         pool: Name,
@@ -173,6 +173,8 @@ pub(crate) enum Command {
         pool: Name,
     },
     /// Say whether this machine is able to attach volumes, and what to do if it is not
+    ///
+    /// If nothing is amiss, a small device over a pool in memory is added as `attach` does it, read, and removed.
     Doctor {
         #[command(flatten)]
         format: Format,

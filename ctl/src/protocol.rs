@@ -256,6 +256,9 @@ pub(crate) struct Status {
     /// Whether its daemon can only read it, because it is damaged.
     #[serde(default)]
     pub(crate) read_only: bool,
+    /// Whether the pool's file is not where its daemon opened it; a warning says what to do.
+    #[serde(default)]
+    pub(crate) misplaced: bool,
     /// The daemon, if one runs.
     pub(crate) daemon_pid: Option<u32>,
     /// How many devices are attached.

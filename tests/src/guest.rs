@@ -141,6 +141,15 @@ impl Pool {
         command.args(words).output().expect("ublkctl starts")
     }
 
+    /// Runs ublkctl in a mount namespace of its own, in which a shell did `setup` before.
+    pub fn in_mounts_of_its_own(&self, setup: &str, words: &[&str]) -> Output {
+        let mut command = self.prepared("unshare");
+        let line = format!("({setup}) || exit 99; exec ublkctl \"$@\"");
+        let shell = ["-m", "--", "/bin/sh", "-c", &line, "sh"];
+        let output = command.args(shell).args(words).output();
+        output.expect("unshare starts")
+    }
+
     /// Runs ublkctl, which must succeed, from a shell that did `setup` before, which changes what ublkctl inherits.
     #[track_caller]
     pub fn ctl_after(&self, setup: &str, words: &[&str]) -> String {
@@ -158,6 +167,19 @@ impl Pool {
         String::from_utf8_lossy(&output.stdout)
             .trim_end()
             .to_owned()
+    }
+
+    /// Runs a shell line that calls ublkctl, which must succeed.
+    #[track_caller]
+    pub fn shell(&self, line: &str) {
+        let output = self.prepared("/bin/sh").args(["-c", line]).output();
+        let output = output.expect("sh starts");
+        assert!(
+            output.status.success(),
+            "{line}: {}\n{}",
+            output.status,
+            complaints(&output)
+        );
     }
 
     /// Starts ublkctl beside the test.

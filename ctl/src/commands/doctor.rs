@@ -1,10 +1,10 @@
 //! `doctor`: is this machine able to attach volumes, and if not, what to do.
 
-use super::device;
+use super::{device, trial};
 use crate::exit_code::{FAILED, OK, one_line};
 use crate::output::{self, Align, Format, Table};
 use crate::state;
-use blockfork::error::Result;
+use blockfork::error::{ErrorKind, Result};
 use blockfork::ublk::{self, Check};
 use nix::unistd::{AccessFlags, access};
 use std::path::Path;
@@ -16,6 +16,10 @@ pub(super) fn doctor(format: Format) -> Result<u8> {
         driver.checks.push(directory(variable, &path));
     }
     driver.checks.push(orphans());
+    // What is known to be amiss would only fail again.
+    if driver.is_able() {
+        driver.checks.push(trial(&driver.kernel_release));
+    }
     let is_able = driver.is_able();
     if format.json {
         output::json(&driver)?;
@@ -56,6 +60,40 @@ fn boot_id() -> Check {
         Err(e) => (false, one_line(&e)),
     };
     check("boot id", ok, fact, "mount /proc")
+}
+
+/// Does what `attach` does, with a device of its own. No look at rights and files tells as much: in a container the
+/// driver may answer, and yet the nodes of its devices appear in another `/dev`, or may not be opened.
+fn trial(kernel_release: &str) -> Check {
+    const NAME: &str = "trial device";
+    // How Ubuntu names its kernels of that version, some of which crash in ADD_DEV.
+    if kernel_release.starts_with("6.17.0-") {
+        let fact = "not tried: some kernels of this name crash when a ublk device is added";
+        return check(NAME, true, fact, "");
+    }
+    match trial::run() {
+        Ok(()) => check(NAME, true, "added, read and removed", ""),
+        Err(e) => {
+            let way_out = match e.kind() {
+                ErrorKind::NotFound | ErrorKind::Permission => {
+                    "the nodes of ublk devices must appear in /dev, and opening them must be allowed: in a container, \
+                     mount the host's /dev and allow its devices (`docker run --privileged -v /dev:/dev`), or run \
+                     ublkctl on the host"
+                }
+                ErrorKind::AlreadyExists
+                | ErrorKind::Busy
+                | ErrorKind::Invalid
+                | ErrorKind::OutOfSpace
+                | ErrorKind::Corrupt
+                | ErrorKind::Unsupported
+                | ErrorKind::Poisoned
+                | ErrorKind::ReadOnly
+                | ErrorKind::Io
+                | ErrorKind::OverQuota => "see the kernel's log (`dmesg`)",
+            };
+            check(NAME, false, one_line(&e), way_out)
+        }
+    }
 }
 
 /// A directory that is there, or can be made.

@@ -10,6 +10,7 @@ mod repair;
 mod set;
 mod shell;
 mod stats;
+mod trial;
 mod volume;
 mod watch;
 

@@ -53,9 +53,6 @@ impl Maintenance {
 
 fn run(daemon: &Daemon, stop: &AtomicBool) {
     let (pool, device) = (daemon.host.pool(), daemon.host.device());
-    if pool.is_read_only() {
-        return;
-    }
     let mut has_failed = false;
     let (clock, mut monitor, mut observed_ns) = (SystemClock::new(), Monitor::default(), None);
     while !stop.load(Ordering::Relaxed) {
@@ -63,6 +60,10 @@ fn run(daemon: &Daemon, stop: &AtomicBool) {
         if observed_ns.is_none_or(|then| now - then >= OBSERVE_NS) {
             observed_ns = Some(now);
             monitor.observe(&daemon.host);
+        }
+        if pool.is_read_only() {
+            thread::park_timeout(INTERVAL);
+            continue;
         }
         match block_on(pool.maintain(device)) {
             Ok(true) => continue,

@@ -53,9 +53,11 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Ends the daemon if nobody needs it: nothing is attached once no request runs.
+    /// Ends the daemon if nobody needs it: nothing is attached once no request runs. Not while the daemon is the only one
+    /// that has the pool.
     fn stop_if_idle(&self) {
-        if self.requests.stop_if(|| self.host.devices().is_empty()) {
+        let is_idle = || self.host.devices().is_empty() && !self.host.is_deleted();
+        if self.requests.stop_if(is_idle) {
             self.wake.close();
         }
     }
@@ -156,8 +158,15 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
             .spawn(idle)
             .map_err(|e| Error::io(e, "thread"))?;
     }
+    let mut is_warned = false;
     for signal in signals.forever() {
         if signal == SIGHUP {
+            continue;
+        }
+        if let Some(fact) = daemon.host.deleted()
+            && !std::mem::replace(&mut is_warned, true)
+        {
+            error!(signal, "not stopping at the first signal: {fact}");
             continue;
         }
         info!(signal, "stopping");
@@ -167,6 +176,13 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
     daemon.requests.stop();
     maintenance.stop();
     let ended = shut_down(&daemon.host, runtime);
+    let ended = ended.and_then(|()| {
+        if daemon.host.is_deleted() {
+            let fact = "the pool's file was deleted, and what it held is gone";
+            return Err(Error::with(ErrorKind::Io, fact));
+        }
+        Ok(())
+    });
     daemon.has_ended.store(true, Ordering::Release);
     // Whoever asked in the last moment hears that nothing was done.
     let clock = SystemClock::new();

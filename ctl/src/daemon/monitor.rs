@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::marks::{Level, Use};
 use blockfork::error::ErrorKind;
 use blockfork::pool::PoolStatus;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// What was seen the last time.
 #[derive(Debug, Default)]
@@ -14,7 +14,12 @@ pub(super) struct Monitor {
     is_reclaiming: bool,
     is_poisoned: bool,
     warnings: Vec<String>,
+    looks: u32,
+    misplaced: Option<String>,
 }
+
+/// One look in so many is for the pool's file: once a second.
+const LOOKS_PER_PLACE: u32 = 10;
 
 impl Monitor {
     /// Looks at the pool, and tells what is not as it was.
@@ -42,6 +47,25 @@ impl Monitor {
             }
         }
         self.warnings = status.warnings;
+        if self.looks.is_multiple_of(LOOKS_PER_PLACE) {
+            self.place(host);
+        }
+        self.looks = self.looks.wrapping_add(1);
+    }
+
+    /// Looks whether the pool's file is where it was opened.
+    fn place(&mut self, host: &Host) {
+        let misplaced = host.misplaced();
+        if misplaced == self.misplaced {
+            return;
+        }
+        if let Some(fact) = &misplaced {
+            error!("{fact}");
+            host.tell_error(ErrorKind::NotFound, fact.clone());
+        } else {
+            info!("the pool's file is where it was opened again");
+        }
+        self.misplaced = misplaced;
     }
 
     fn space(&mut self, host: &Host, status: &PoolStatus) {

@@ -6,6 +6,7 @@
 mod devices;
 mod events;
 mod nbd;
+mod place;
 mod preflight;
 mod turns;
 mod volumes;
@@ -15,7 +16,7 @@ use crate::events::Events;
 use crate::marks::Marks;
 use crate::protocol::{Reply, Request, Row, Status};
 use blockfork::device::FileDevice;
-use blockfork::error::Result;
+use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::Pool;
 use blockfork::ublk;
@@ -196,6 +197,9 @@ impl Host {
 
     /// Refuses where something of the pool is in use.
     fn closable(&self) -> Result<()> {
+        if let Some(fact) = self.deleted() {
+            return Err(Error::with(ErrorKind::Busy, fact));
+        }
         let devices = self.devices();
         devices.refuse("close the pool", devices.slots().iter())?;
         let exports = devices.exports();
@@ -207,9 +211,12 @@ impl Host {
         let mut pool = self.pool.status();
         let short = self.marks.lock().warning(&pool);
         pool.warnings.extend(short);
+        let misplaced = self.misplaced();
+        pool.warnings.extend(misplaced.clone());
         Status {
             pool,
             read_only: self.role == Role::Daemon && self.pool.is_read_only(),
+            misplaced: misplaced.is_some(),
             daemon_pid: (self.role == Role::Daemon).then(std::process::id),
             devices: devices.count(),
             exports: devices.exports().count(),

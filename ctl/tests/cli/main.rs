@@ -6,6 +6,7 @@ mod hostile;
 mod inherited;
 mod kit;
 mod limits;
+mod misplaced;
 mod nbd;
 mod offline;
 mod order;

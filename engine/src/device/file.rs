@@ -8,6 +8,7 @@
     reason = "flock, fallocate and the block-device ioctls have no safe wrapper in std"
 )]
 
+use super::place::{self, Place};
 use super::{BlockBuf, SystemCalls, backing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::Mutex;
@@ -121,6 +122,11 @@ impl PoolFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is still at its path. An error says that this cannot be seen.
+    pub fn place(&self) -> io::Result<Place> {
+        place::find(&self.file, &self.path)
     }
 
     /// Its size when it was opened.

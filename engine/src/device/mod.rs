@@ -7,11 +7,13 @@ pub mod file;
 #[cfg(test)]
 pub(crate) mod memory;
 pub mod payload;
+mod place;
 pub mod whole;
 
 pub use buffer::BlockBuf;
 pub use file::{Access, FileDevice, PoolFile};
 pub use payload::{Destination, Source};
+pub use place::Place;
 pub use whole::SystemCalls;
 
 use crate::error::Result;

@@ -152,7 +152,15 @@ fn open_with(
         let path = char_path(info.dev_id);
         // libublk says EACCES whatever the reason was.
         let source = File::open(&path).err().unwrap_or_else(|| os_error(&e));
-        Error::io(source, format!("{}: cannot be opened", path.display()))
+        let way_out = if source.kind() == io::ErrorKind::NotFound {
+            "; the nodes of ublk devices do not appear in this /dev, see `ublkctl doctor`"
+        } else {
+            ""
+        };
+        Error::io(
+            source,
+            format!("{}: cannot be opened{way_out}", path.display()),
+        )
     };
     let affinities = (0..info.nr_hw_queues).map(|queue| commands.affinity(info.dev_id, queue).ok());
     Ok(Opened {

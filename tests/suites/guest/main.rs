@@ -3,6 +3,7 @@
 
 mod churn;
 mod devices;
+mod doctor;
 mod faults;
 mod filesystems;
 mod full_pool;
@@ -10,6 +11,7 @@ mod inherited;
 mod kills;
 mod links;
 mod log_writes;
+mod misplaced;
 mod on_full;
 mod ranges;
 mod recovery;

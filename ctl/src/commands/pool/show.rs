@@ -79,6 +79,9 @@ fn state_word(status: &Status) -> &'static str {
     match status {
         Status { pool, .. } if pool.poisoned => "poisoned",
         Status {
+            misplaced: true, ..
+        } => "served, its file is gone",
+        Status {
             read_only: true, ..
         } => "served read-only",
         Status {
