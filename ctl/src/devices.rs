@@ -7,6 +7,7 @@
 use crate::exports::Exports;
 use crate::protocol::DeviceRow;
 use crate::state::{self, Runtime};
+use crate::udev;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::OnFull;
@@ -160,18 +161,16 @@ impl Devices {
         let saved = state::read_json::<Saved>(&file)?
             .filter(|saved| saved.pool == id && saved.boot == boot);
         let entries = saved.map_or_else(Vec::new, |saved| saved.devices);
-        let slots = entries
-            .into_iter()
-            .filter(DeviceEntry::is_in_kernel)
-            .map(Slot::waiting);
-        Ok(Self {
-            slots: slots.collect(),
+        let mut devices = Self {
+            slots: entries.into_iter().map(Slot::waiting).collect(),
             exports: Exports::default(),
             pool: pool.clone(),
             id,
             boot,
             file,
-        })
+        };
+        devices.drop_gone(|entry| !entry.is_in_kernel());
+        Ok(devices)
     }
 
     /// Writes the file.
@@ -289,15 +288,16 @@ impl Devices {
     }
 
     /// Makes the link of a device. A device without its link works, so a failure is only logged.
-    pub(crate) fn link(&self, slot: &Slot) {
-        let link = self.link_path(&slot.entry.path);
-        if let Err(e) = make_link(&link, &slot.entry.node()) {
+    pub(crate) fn link(&self, entry: &DeviceEntry) {
+        let link = self.link_path(&entry.path);
+        if let Err(e) = make_link(&link, &entry.node()) {
             warn!(link = %link.display(), "cannot be made: {e}");
         }
     }
 
-    /// Removes the link of a device, if it is this device's.
+    /// Removes the link of a device that is gone, if it is this device's, and what udev's rules were told of it.
     pub(crate) fn unlink(&self, entry: &DeviceEntry) {
+        udev::forget(entry.state.dev_id, &self.pool, &entry.path);
         let link = self.link_path(&entry.path);
         if fs::read_link(&link).is_ok_and(|to| to == Path::new(&entry.node()))
             && let Err(e) = fs::remove_file(&link)
@@ -319,8 +319,15 @@ impl Devices {
     }
 }
 
-/// Replaces a link in one step.
+/// Replaces a link in one step. Tries again where the directory went meanwhile: udev removes it with the last link to a
+/// partition, unless another link is there already.
 fn make_link(link: &Path, target: &str) -> io::Result<()> {
+    let try_once = || try_to_link(link, target);
+    let is_gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    try_once().or_else(|e| if is_gone(&e) { try_once() } else { Err(e) })
+}
+
+fn try_to_link(link: &Path, target: &str) -> io::Result<()> {
     let directory = link.parent().unwrap_or(Path::new("/"));
     make_open_directory(directory)?;
     let (temporary, ()) = state::make_temporary(directory, |path| symlink(target, path))?;

@@ -23,6 +23,7 @@ mod retention;
 mod signature;
 mod size;
 mod state;
+mod udev;
 
 use clap::Parser;
 use clap::error::ErrorKind as UsageKind;

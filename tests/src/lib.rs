@@ -19,6 +19,7 @@ pub mod short_way;
 pub mod shrink;
 pub mod sim_device;
 pub mod tape;
+pub mod udev;
 pub mod witness;
 
 pub use nbd_client as nbd;

@@ -6,6 +6,7 @@ use crate::devices::{DeviceEntry, Service, Slot};
 use crate::events::Event;
 use crate::exit_code::one_line;
 use crate::protocol::{DeviceRow, Reply, Selection};
+use crate::udev::{self, Kind};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
 use blockfork::pool::OnFull;
@@ -26,15 +27,18 @@ impl Host {
         self.refuse_second(path)?;
         let attached = self.pool.attach(path, options.read_only)?;
         attached.set_on_full(on_full);
-        let announce = |state| {
+        let announce = |state: ublk::DeviceState| {
+            let entry = DeviceEntry {
+                path: path.clone(),
+                id: attached.id(),
+                read_only: attached.is_read_only(),
+                on_full,
+                state,
+            };
+            // Before the kernel announces the device: udev and systemd act on that, and look for both.
+            self.name_device(&entry);
             self.devices().add(Slot {
-                entry: DeviceEntry {
-                    path: path.clone(),
-                    id: attached.id(),
-                    read_only: attached.is_read_only(),
-                    on_full,
-                    state,
-                },
+                entry,
                 service: Service::Attaching,
                 fault: None,
             })
@@ -46,10 +50,11 @@ impl Host {
                 attached.detach();
                 let mut devices = self.devices();
                 // A name too many does no harm: the kernel has no such device.
-                if devices.take(path).is_some()
-                    && let Err(unsaved) = devices.save()
-                {
-                    warn!("{}", one_line(&unsaved));
+                if let Some(slot) = devices.take(path) {
+                    devices.unlink(&slot.entry);
+                    if let Err(unsaved) = devices.save() {
+                        warn!("{}", one_line(&unsaved));
+                    }
                 }
                 return Err(e);
             }
@@ -72,12 +77,20 @@ impl Host {
         };
         slot.service = Service::Served(Arc::new(served));
         slot.fault = None;
-        let row = slot.row();
-        devices
-            .find(path)
-            .into_iter()
-            .for_each(|slot| devices.link(slot));
-        Ok(row)
+        Ok(slot.row())
+    }
+
+    /// Makes the link of a device, and tells udev's rules what it is.
+    fn name_device(&self, entry: &DeviceEntry) {
+        let path = &entry.path;
+        let kind = match (&path.snapshot, self.pool.is_clone(path)) {
+            (Some(_), _) => Kind::Snapshot,
+            (None, Ok(false)) => Kind::Volume,
+            // A clone gives way to others, which is right too for what cannot be found.
+            (None, Ok(true) | Err(_)) => Kind::Clone,
+        };
+        udev::describe(entry.state.dev_id, &self.name, path, kind);
+        self.devices().link(entry);
     }
 
     /// An error if this is attached already, or if nothing can be attached here.
@@ -257,6 +270,7 @@ impl Host {
             match self.recover_one(&entry) {
                 Ok(served) => {
                     info!(volume = %entry.path, device = %node, "recovered");
+                    self.name_device(&entry);
                     self.serve(&entry.path, served)?;
                 }
                 Err(e) => {

@@ -5,6 +5,7 @@ use super::{Host, whole};
 use crate::exit_code::one_line;
 use crate::protocol::{Judged, Pruned, Reply, Resized};
 use crate::retention::{self, Policy, Rule};
+use crate::udev;
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
@@ -187,6 +188,7 @@ impl Host {
         let size_before = served.attached().bytes();
         block_on(self.pool.rollback(&self.device, snapshot))?;
         claim.drop_cached_pages()?;
+        udev::announce_change(entry.state.dev_id);
         let size = served.attached().bytes();
         if size != size_before && !served.update_size(size)? {
             return Err(Error::with(

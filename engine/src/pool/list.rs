@@ -63,6 +63,20 @@ impl Pool {
         })
     }
 
+    /// Whether a volume began as a clone, as far as its origin still says so: a clone that was rolled back to a snapshot of
+    /// its own does not.
+    pub fn is_clone(&self, path: &VolumePath) -> Result<bool> {
+        self.ledger.look(|metadata| {
+            let entry = &metadata.catalog.find(path)?.entry;
+            Ok(match entry.role {
+                // Numbers grow: the snapshot that a volume was cloned from is older than the volume, those that the
+                // volume can be rolled back to are younger.
+                Role::Volume { origin, .. } => origin.is_some_and(|origin| origin < entry.id),
+                Role::Snapshot { .. } | Role::Reclaiming { .. } | Role::Hold { .. } => false,
+            })
+        })
+    }
+
     /// The snapshots of a volume, oldest first, as [`Pool::outline`] has them.
     pub fn snapshots_of(&self, volume: &Name) -> Result<Vec<OutlineEntry>> {
         let path = VolumePath {

@@ -17,3 +17,4 @@ mod ranges;
 mod recovery;
 mod rollback;
 mod snapshots;
+mod udev;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::command;
 
 /// Compilers and libclang for the ublk bindings, then what the guest is made of, and clients of NBD.
-const PACKAGES: [&str; 16] = [
+const PACKAGES: [&str; 17] = [
     "clang",
     "gcc",
     "libc6-dev",
@@ -19,6 +19,7 @@ const PACKAGES: [&str; 16] = [
     "busybox-static",
     "dmsetup",
     "e2fsprogs",
+    "fdisk",
     "fio",
     "libnbd-bin",
     "qemu-system-x86",

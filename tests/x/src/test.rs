@@ -13,6 +13,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::guest::{Go, Job, Kernel, MEMORY_GIB};
 use crate::{command, power_cut, scorecard, setup};
 
+/// Where the suites find udev in the guest.
+const UDEV: &str = "/udev";
 const LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// What is tested.
@@ -212,10 +214,13 @@ fn in_guest(
         Kernel::New => "",
         Kernel::LongTerm => "BLOCKFORK_CYCLES=5 ",
     };
-    let script = format!("{cycles}/usr/bin/suites --ignored --test-threads=1 {filter}");
+    let script = format!(
+        "{cycles}BLOCKFORK_UDEV={UDEV} /usr/bin/suites --ignored --test-threads=1 {filter}"
+    );
     let mut job = Job::new(kernel, &script, LIMIT);
     job.add_program(suites, "suites");
     job.add_program(ublkctl, "ublkctl");
+    job.add_udev(UDEV)?;
     job.silent = silent;
     let outcome = job.run_watched(watch)?;
     if silent {

@@ -21,14 +21,38 @@ pub(super) struct Apt {
 }
 
 impl Apt {
-    /// Reads the suites' package lists into `folder`.
+    /// Reads the package lists of the suites that have kernels into `folder`.
     pub(super) fn open(folder: &Path) -> Result<Self> {
+        let suites = [
+            ("debian", "trixie-backports"),
+            ("debian-security", "trixie-security"),
+            ("debian-security", "bookworm-security"),
+        ];
+        Self::with(
+            folder,
+            &suites.map(|(archive, suite)| (archive, suite.to_owned())),
+        )
+    }
+
+    /// Reads the package lists of one release into `folder`.
+    pub(super) fn of_release(folder: &Path, release: &str) -> Result<Self> {
+        let security = format!("{release}-security");
+        Self::with(
+            folder,
+            &[
+                ("debian", release.to_owned()),
+                ("debian-security", security),
+            ],
+        )
+    }
+
+    fn with(folder: &Path, suites: &[(&str, String)]) -> Result<Self> {
         for part in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(part))
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
         fs::write(folder.join("status"), "").context("cannot write apt's status file")?;
-        fs::write(folder.join("sources.list"), sources())
+        fs::write(folder.join("sources.list"), sources(suites))
             .context("cannot write apt's sources.list")?;
         let apt = Self {
             folder: folder.to_owned(),
@@ -89,18 +113,15 @@ impl Apt {
     }
 }
 
-fn sources() -> String {
-    let archive = mirror("debian");
-    let security = mirror("debian-security");
+fn sources(suites: &[(&str, String)]) -> String {
     let keyring = KEYRINGS.into_iter().find(|path| Path::new(path).exists());
     let signed_by = keyring
         .map(|path| format!("[signed-by={path}] "))
         .unwrap_or_default();
-    format!(
-        "deb {signed_by}{archive} trixie-backports main\n\
-         deb {signed_by}{security} trixie-security main\n\
-         deb {signed_by}{security} bookworm-security main\n"
-    )
+    let line = |(archive, suite): &(&str, String)| {
+        format!("deb {signed_by}{} {suite} main\n", mirror(archive))
+    };
+    suites.iter().map(line).collect()
 }
 
 /// The address under which this machine finds an archive of this name.

@@ -17,7 +17,7 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 30] = [
+const PROGRAMS: [&str; 31] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
@@ -40,6 +40,7 @@ const PROGRAMS: [&str; 30] = [
     "mkfs.xfs",
     "mount",
     "resize2fs",
+    "sfdisk",
     "sha256sum",
     "tail",
     "truncate",
@@ -85,6 +86,7 @@ pub(super) fn build(
     kernel: &Installed,
     script: &str,
     files: &[(PathBuf, String)],
+    trees: &[(PathBuf, String)],
 ) -> Result<Image> {
     // Guests of one process may run beside each other.
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -107,6 +109,9 @@ pub(super) fn build(
     )?;
     for (from, to) in files {
         tree.program(from, to)?;
+    }
+    for (from, to) in trees {
+        tree.folder(from, to)?;
     }
     tree.busybox()?;
     tree.put("/command", script.as_bytes())?;
@@ -134,6 +139,26 @@ impl Tree {
     fn copy(&mut self, from: &Path, to: &str) -> Result<()> {
         let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         self.put(to, &content)
+    }
+
+    /// A folder with all that is in it, nothing added.
+    fn folder(&mut self, from: &Path, to: &str) -> Result<()> {
+        let failed = || format!("cannot list {}", from.display());
+        for entry in fs::read_dir(from).with_context(failed)? {
+            let entry = entry.with_context(failed)?;
+            let to = format!("{to}/{}", entry.file_name().to_string_lossy());
+            let kind = entry.file_type().with_context(failed)?;
+            if kind.is_dir() {
+                self.folder(&entry.path(), &to)?;
+            } else if kind.is_symlink() {
+                let target = fs::read_link(entry.path()).with_context(failed)?;
+                let linked = self.archive.link(&to, &target.to_string_lossy());
+                linked.context("cannot pack a link")?;
+            } else {
+                self.copy(&entry.path(), &to)?;
+            }
+        }
+        Ok(())
     }
 
     /// The skeleton: folders to mount on, a few lines of /etc, the kernel's modules.

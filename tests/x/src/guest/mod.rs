@@ -7,6 +7,7 @@ mod initramfs;
 mod kernel;
 mod modules;
 mod qemu;
+mod udev;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -32,6 +33,8 @@ pub struct Job {
     pub disks: Vec<PathBuf>,
     /// Programs and files to put into the guest: from here, to there.
     files: Vec<(PathBuf, String)>,
+    /// Folders to put into the guest, with all that is in them: from here, to there.
+    trees: Vec<(PathBuf, String)>,
     /// Don't relay the guest's output.
     pub silent: bool,
 }
@@ -47,6 +50,7 @@ impl Job {
             processors: 2,
             disks: Vec::new(),
             files: Vec::new(),
+            trees: Vec::new(),
             silent: false,
         }
     }
@@ -70,6 +74,13 @@ impl Job {
             .with_context(|| format!("{}: not a file", file.display()))?;
         self.files
             .push((file.to_owned(), format!("/root/{}", name.to_string_lossy())));
+        Ok(())
+    }
+
+    /// Puts udev of Debian's releases into the guest, each in a tree of its own below this folder.
+    pub fn add_udev(&mut self, folder: &str) -> Result<()> {
+        let from = udev::ensure()?;
+        self.trees.push((from, folder.to_owned()));
         Ok(())
     }
 
@@ -97,7 +108,7 @@ impl Job {
             bail!("the guest is an x86-64 machine: this is not one");
         }
         let kernel = kernel::ensure(self.kernel)?;
-        let image = initramfs::build(&kernel, &self.script, &self.files)?;
+        let image = initramfs::build(&kernel, &self.script, &self.files, &self.trees)?;
         let machine = qemu::Machine {
             accel,
             processors: self.processors,
