@@ -9,13 +9,14 @@ use crate::host::{Host, Progress, Role};
 use crate::inherited;
 use crate::marks::Marks;
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
-use crate::state::{self, PoolEntry, Registry, Runtime};
+use crate::state::{self, PoolEntry, RUNTIME_DIR, Registry, Runtime};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::device::{Access, FileDevice, PoolFile};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
 use blockfork::pool::{OpenOptions, Pool, RingPlace};
 use futures_lite::future::block_on;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
@@ -65,7 +66,7 @@ pub(crate) fn call_entry(
     let runtime = Runtime::of(&entry.name)?;
     let clock = SystemClock::new();
     loop {
-        let outcome = match Connection::open(&runtime, &clock)? {
+        let outcome = match Connection::open(&runtime, &entry.id, &clock)? {
             Some(mut connection) => connection.call(request, progress)?,
             None => offline(entry, &runtime, request, progress),
         };
@@ -84,11 +85,12 @@ pub(crate) fn hold(
     request: &Request,
     begun: impl FnOnce(Reply) -> Result<()>,
 ) -> Result<()> {
+    let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
     let clock = SystemClock::new();
     let (connection, reply) = loop {
         ensure_daemon(pool)?;
-        let answered = match Connection::open(&runtime, &clock)? {
+        let answered = match Connection::open(&runtime, &entry.id, &clock)? {
             Some(mut connection) => {
                 let outcome = connection.call(request, &mut |_, _| {})?;
                 Some((connection, outcome))
@@ -113,8 +115,9 @@ pub(crate) fn hold(
 
 /// Hands over what the pool's daemon tells, until the daemon ends or `hear` fails or says that it hears no longer.
 pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<bool>) -> Result<()> {
-    Registry::from_env()?.find(pool)?;
-    let Some(mut connection) = Connection::open(&Runtime::of(pool)?, &SystemClock::new())? else {
+    let entry = Registry::from_env()?.find(pool)?;
+    let connection = Connection::open(&Runtime::of(pool)?, &entry.id, &SystemClock::new())?;
+    let Some(mut connection) = connection else {
         return Err(Error::with(
             ErrorKind::NotFound,
             format!(
@@ -151,9 +154,17 @@ pub(crate) fn watch(pool: &Name, mut hear: impl FnMut(Told) -> Result<bool>) -> 
     }
 }
 
-/// Whether a daemon answers for a pool.
+/// Whether a daemon answers for a pool. That of another pool of this name is an error.
 pub(crate) fn is_served(pool: &Name) -> Result<bool> {
-    Ok(Connection::open(&Runtime::of(pool)?, &SystemClock::new())?.is_some())
+    let entry = Registry::from_env()?.find(pool)?;
+    let connection = Connection::open(&Runtime::of(pool)?, &entry.id, &SystemClock::new())?;
+    Ok(connection.is_some())
+}
+
+/// The process that answers for a pool of this name, whichever it is.
+pub(crate) fn daemon_of(name: &Name) -> Result<Option<u32>> {
+    let greeted = Connection::greet(&Runtime::of(name)?, &SystemClock::new())?;
+    Ok(greeted.map(|(connection, _)| connection.pid))
 }
 
 /// A connection to a daemon that has greeted.
@@ -163,8 +174,23 @@ struct Connection {
 }
 
 impl Connection {
-    /// Connects; none if no daemon answers.
-    fn open(runtime: &Runtime, clock: &dyn Clock) -> Result<Option<Self>> {
+    /// Connects to the daemon of the pool with this id; none if no daemon answers.
+    fn open(runtime: &Runtime, id: &str, clock: &dyn Clock) -> Result<Option<Self>> {
+        match Self::greet(runtime, clock)? {
+            Some((connection, other)) if other != id => Err(Error::with(
+                ErrorKind::Busy,
+                format!(
+                    "{}: process {} answers there for another pool of this name, {other}, and this one is {id}; give each state directory a runtime directory of its own, {RUNTIME_DIR}",
+                    runtime.socket().display(),
+                    connection.pid
+                ),
+            )),
+            greeted => Ok(greeted.map(|(connection, _)| connection)),
+        }
+    }
+
+    /// Connects to whatever daemon answers, and hears the id of its pool.
+    fn greet(runtime: &Runtime, clock: &dyn Clock) -> Result<Option<(Self, String)>> {
         let path = runtime.socket();
         let shown = path.display();
         let stream = match UnixStream::connect(&path) {
@@ -185,6 +211,7 @@ impl Connection {
             }
         };
         let failed = |e| Error::io(e, format!("{shown}: the daemon cannot be talked to"));
+        refuse_stranger(&stream, &path)?;
         stream
             .set_read_timeout(Some(Duration::from_secs(1)))
             .map_err(failed)?;
@@ -216,9 +243,9 @@ impl Connection {
             Err(e) => return Err(failed(e)),
         };
         match serde_json::from_slice(&line) {
-            Ok(Message::Hello { version, pid, .. }) if version == protocol::VERSION => {
-                Ok(Some(Self { input, pid }))
-            }
+            Ok(Message::Hello {
+                version, pid, id, ..
+            }) if version == protocol::VERSION => Ok(Some((Self { input, pid }, id))),
             Ok(Message::Error { kind, message }) => Err(Message::into_error(&kind, message)),
             _ => Err(Error::with(
                 ErrorKind::Unsupported,
@@ -290,6 +317,24 @@ impl Connection {
             }
         }
     }
+}
+
+/// Refuses a daemon of another user, which could answer anything. Root's is everybody's.
+fn refuse_stranger(stream: &UnixStream, path: &Path) -> Result<()> {
+    let shown = path.display();
+    let peer = getsockopt(stream, PeerCredentials)
+        .map_err(|e| Error::io(e.into(), format!("{shown}: nobody knows who listens there")))?;
+    if state::is_trusted(peer.uid()) {
+        return Ok(());
+    }
+    Err(Error::with(
+        ErrorKind::Permission,
+        format!(
+            "{shown}: process {} of user {} listens there, which is neither root nor this user",
+            peer.pid(),
+            peer.uid()
+        ),
+    ))
 }
 
 impl Connection {
@@ -421,7 +466,7 @@ fn settle(host: &Host, progress: Progress<'_>) -> Result<()> {
     block_on(pool.close(host.device()))
 }
 
-/// Opens a pool that is locked already.
+/// Opens a pool that is locked already, and that is still known as `entry` says.
 pub(crate) fn open(
     entry: &PoolEntry,
     runtime: &Runtime,
@@ -429,6 +474,8 @@ pub(crate) fn open(
     read_only: bool,
     role: Role,
 ) -> Result<Host> {
+    let registry = Registry::from_env()?;
+    registry.refuse_changed(entry)?;
     let boot_id = state::boot_id()?;
     let ring = runtime.ring();
     // Without a daemon nothing new comes to the ring, but what a killed daemon left in it counts.
@@ -470,8 +517,7 @@ pub(crate) fn open(
     }
     let devices = Devices::load(runtime, &entry.name, id, boot_id)?;
     // Marks that cannot be read keep nobody from a pool.
-    let marks = Registry::from_env().and_then(|registry| registry.marks(&entry.name));
-    let marks = marks.unwrap_or_else(|e| {
+    let marks = registry.marks(&entry.name).unwrap_or_else(|e| {
         tracing::warn!("the usual space marks count: {}", one_line(&e));
         Marks::default()
     });
@@ -483,19 +529,10 @@ pub(crate) fn ensure_daemon(pool: &Name) -> Result<bool> {
     let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
     runtime.prepare()?;
-    let lock_path = runtime.start_lock();
-    let failed = |e| Error::io(e, format!("{}: cannot be locked", lock_path.display()));
-    let lock = FileOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&lock_path);
-    let lock = lock.map_err(failed)?;
-    // Two commands that find no daemon start one, not two. Closing the file gives the lock back.
-    lock.lock().map_err(failed)?;
+    // Two commands that find no daemon start one, not two.
+    let _lock = state::lock_file(&runtime.start_lock(), START_NS_MAX)?;
     let clock = SystemClock::new();
-    if Connection::open(&runtime, &clock)?.is_some() {
+    if Connection::open(&runtime, &entry.id, &clock)?.is_some() {
         return Ok(false);
     }
     let mut log = open_log(&runtime)?;
@@ -504,7 +541,7 @@ pub(crate) fn ensure_daemon(pool: &Name) -> Result<bool> {
         .map_err(|e| Error::io(e, format!("{}", runtime.log().display())))?;
     let mut child = spawn(&entry, &log)?;
     loop {
-        if Connection::open(&runtime, &clock)?.is_some() {
+        if Connection::open(&runtime, &entry.id, &clock)?.is_some() {
             return Ok(true);
         }
         if let Some(error) = death(&mut child, &runtime, begin)? {
@@ -532,6 +569,7 @@ fn open_log(runtime: &Runtime) -> Result<File> {
         .append(true)
         .create(true)
         .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(failed)?;
     if log.metadata().map_err(failed)?.len() > LOG_BYTES_MAX {

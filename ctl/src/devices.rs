@@ -173,6 +173,34 @@ impl Devices {
         Ok(devices)
     }
 
+    /// Refuses while the file names devices of another pool of this name, which has another state directory: its next
+    /// daemon needs the file as it is.
+    pub(crate) fn refuse_of_another_pool(
+        runtime: &Runtime,
+        id: &str,
+        boot: [u8; 16],
+    ) -> Result<()> {
+        let file = runtime.devices();
+        let Some(saved) = state::read_json::<Saved>(&file)? else {
+            return Ok(());
+        };
+        let live = saved.devices.iter().filter(|entry| entry.is_in_kernel());
+        let nodes: Vec<String> = live.map(DeviceEntry::node).collect();
+        if saved.pool == id || saved.boot != boot || nodes.is_empty() {
+            return Ok(());
+        }
+        Err(Error::with(
+            ErrorKind::Busy,
+            format!(
+                "{}: another pool of this name, {}, has {} and no daemon; recover or detach those with its state directory, and give each state directory a runtime directory of its own, {}",
+                file.display(),
+                saved.pool,
+                nodes.join(" "),
+                state::RUNTIME_DIR
+            ),
+        ))
+    }
+
     /// Writes the file.
     pub(crate) fn save(&self) -> Result<()> {
         let saved = Saved {

@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// The version of the protocol; a client refuses a daemon of another one.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// The longest request, with its newline.
 pub(crate) const REQUEST_BYTES_MAX: usize = 1 << 20;
 
@@ -314,8 +314,13 @@ pub(crate) enum Resized {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Message {
-    /// The first line.
-    Hello { version: u32, pool: Name, pid: u32 },
+    /// The first line: the pool with its id, because another state directory may have one of this name.
+    Hello {
+        version: u32,
+        pool: Name,
+        id: String,
+        pid: u32,
+    },
     /// How far a long request got.
     Progress { done: u64, total: u64 },
     /// To a client that watches: something happened.

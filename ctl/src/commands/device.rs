@@ -12,6 +12,7 @@ use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::ublk;
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::thread::available_parallelism;
 
@@ -172,13 +173,14 @@ fn target(text: &str) -> Result<(Name, VolumePath)> {
         let target = path_target(text)?;
         return Ok((target.pool, target.path));
     }
-    // A link by name leads to the device too.
-    let node = std::fs::canonicalize(text).unwrap_or_else(|_| text.into());
+    // A link by name, or another node of the same number, leads to the device too.
+    let identity = |path: &str| fs::metadata(path).map(|found| state::identity(&found)).ok();
+    let wanted = identity(text);
+    let is_meant = |row: &DeviceRow| {
+        row.device == text || (wanted.is_some() && identity(&row.device) == wanted)
+    };
     for pool in pools_with_devices()? {
-        let row = devices_of(&pool)?
-            .into_iter()
-            .find(|row| Path::new(&row.device) == node);
-        if let Some(row) = row {
+        if let Some(row) = devices_of(&pool)?.into_iter().find(is_meant) {
             return Ok((pool, row.path));
         }
     }

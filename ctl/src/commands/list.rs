@@ -7,7 +7,7 @@ use crate::exit_code::{OK, one_line};
 use crate::lineage::Lineage;
 use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Reply, Request, Row};
-use crate::state::Registry;
+use crate::state::{BadEntry, Registry};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, Target, VolumePath};
@@ -42,12 +42,20 @@ pub(super) fn list(options: &List) -> Result<u8> {
     let mut pools = BTreeSet::new();
     let mut code = OK;
     if options.targets.is_empty() {
-        for entry in registry.all()? {
-            // A pool that cannot be read does not hide the others.
-            match rows_of(&entry.name) {
+        for found in registry.all()? {
+            // A pool or an entry that cannot be read does not hide the others.
+            let name = match found {
+                Ok(entry) => entry.name,
+                Err(BadEntry { error, .. }) => {
+                    output::say(&one_line(&error));
+                    code = error.kind().exit_code();
+                    continue;
+                }
+            };
+            match rows_of(&name) {
                 Ok(found) => {
                     rows.extend(found);
-                    pools.insert(entry.name);
+                    pools.insert(name);
                 }
                 Err(e) => {
                     output::say(&one_line(&e));

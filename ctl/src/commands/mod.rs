@@ -46,7 +46,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::Recover { pool } => return device::recover(&pool),
         Command::List(options) => return list::list(&options),
         Command::Diff(options) => list::diff(&options),
-        Command::Stats(options) => stats::stats(&options),
+        Command::Stats(options) => return stats::stats(&options),
         Command::Serve {
             pool,
             detached,

@@ -5,15 +5,14 @@ use crate::cli::ServeNbd;
 use crate::client;
 use crate::output;
 use crate::protocol::{NbdAddress, Reply, Request};
-use crate::state::Registry;
-use blockfork::error::{Error, ErrorKind, Result};
-use std::path::{Path, PathBuf};
+use crate::state::{self, Registry};
+use blockfork::error::Result;
 
 pub(super) fn serve(options: &ServeNbd) -> Result<()> {
     let (pool, path) = (&options.target.pool, &options.target.path);
     Registry::from_env()?.find(pool)?;
     let address = match (&options.socket, options.listen) {
-        (Some(socket), _) => NbdAddress::Unix(absolute(socket)?),
+        (Some(socket), _) => NbdAddress::Unix(state::absolute(socket)?),
         (None, Some(address)) => NbdAddress::Tcp(address),
         (None, None) => NbdAddress::Runtime,
     };
@@ -32,17 +31,4 @@ pub(super) fn serve(options: &ServeNbd) -> Result<()> {
         }
         output::text(&format!("{uri}\n"))
     })
-}
-
-/// The path as the daemon, which works elsewhere, and the protocol, which is text, take it.
-fn absolute(path: &Path) -> Result<PathBuf> {
-    let failed = |e| Error::io(e, format!("{}: cannot be used", path.display()));
-    let absolute = std::path::absolute(path).map_err(failed)?;
-    if absolute.to_str().is_none() {
-        return Err(Error::with(
-            ErrorKind::Invalid,
-            format!("{}: is not UTF-8", path.display()),
-        ));
-    }
-    Ok(absolute)
 }

@@ -73,7 +73,7 @@ fn set_pool(pool: &Name, properties: &[Property]) -> Result<()> {
     };
     let registry = Registry::from_env()?;
     registry.find(pool)?;
-    registry.set_marks(pool, marks)?;
+    registry.lock()?.set_marks(pool, marks)?;
     // A daemon that starts reads them; one that runs is told.
     if client::is_served(pool)? {
         let marks = marks.clone();

@@ -2,10 +2,11 @@
 
 use super::{ask, unexpected};
 use crate::cli::Stats;
+use crate::exit_code::{OK, one_line};
 use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Reply, Request};
-use crate::state::Registry;
-use blockfork::error::Result;
+use crate::state::{BadEntry, Registry};
+use blockfork::error::{Error, Result};
 use blockfork::name::Name;
 use blockfork::pool::{Latency, PoolStats, VolumeStats};
 use serde::Serialize;
@@ -20,28 +21,48 @@ struct Counted {
     stats: PoolStats,
 }
 
-pub(super) fn stats(options: &Stats) -> Result<()> {
-    let pools = if options.pools.is_empty() {
-        Registry::from_env()?
-            .all()?
-            .into_iter()
-            .map(|entry| entry.name)
-            .collect()
+pub(super) fn stats(options: &Stats) -> Result<u8> {
+    let mut code = OK;
+    let mut counted = if options.pools.is_empty() {
+        let (counted, faults) = count_all()?;
+        for error in faults {
+            output::say(&one_line(&error));
+            code = error.kind().exit_code();
+        }
+        counted
     } else {
-        options.pools.clone()
+        options.pools.iter().map(count).collect::<Result<_>>()?
     };
-    let mut counted = count(&pools)?;
     if let Some(seconds) = options.interval {
         thread::sleep(Duration::from_secs(seconds));
-        let later = count(&pools)?;
-        for (before, after) in counted.iter_mut().zip(later) {
-            *before = since(before, after);
+        for before in &mut counted {
+            *before = since(before, count(&before.pool)?);
         }
     }
+    print(&counted, options).map(|()| code)
+}
+
+/// The counters of every pool, and why some have none: a pool or an entry that cannot be read does not hide the others.
+fn count_all() -> Result<(Vec<Counted>, Vec<Error>)> {
+    let (mut counted, mut faults) = (Vec::new(), Vec::new());
+    for found in Registry::from_env()?.all()? {
+        let one = match found {
+            Ok(entry) => count(&entry.name),
+            Err(BadEntry { error, .. }) => Err(error),
+        };
+        match one {
+            Ok(one) => counted.push(one),
+            Err(error) => faults.push(error),
+        }
+    }
+    Ok((counted, faults))
+}
+
+fn print(counted: &[Counted], options: &Stats) -> Result<()> {
     if options.format.json {
         return output::json(&counted);
     }
-    pool_table(&counted, options.format).print(options.format)?;
+    pool_table(counted, options.format).print(options.format)?;
     if counted
         .iter()
         .all(|counted| counted.stats.volumes.is_empty())
@@ -51,20 +72,17 @@ pub(super) fn stats(options: &Stats) -> Result<()> {
     if !options.format.no_header {
         output::text("\n")?;
     }
-    volume_table(&counted, options.format).print(options.format)
+    volume_table(counted, options.format).print(options.format)
 }
 
-fn count(pools: &[Name]) -> Result<Vec<Counted>> {
-    let of = |pool: &Name| {
-        let Reply::Stats(stats) = ask(pool, &Request::Stats, "counting")? else {
-            return Err(unexpected());
-        };
-        Ok(Counted {
-            pool: pool.clone(),
-            stats,
-        })
+fn count(pool: &Name) -> Result<Counted> {
+    let Reply::Stats(stats) = ask(pool, &Request::Stats, "counting")? else {
+        return Err(unexpected());
     };
-    pools.iter().map(of).collect()
+    Ok(Counted {
+        pool: pool.clone(),
+        stats,
+    })
 }
 
 /// What was counted between two moments. Latencies are distributions and stay as they are.

@@ -8,7 +8,6 @@ use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::unistd::getuid;
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -103,7 +102,7 @@ fn accept(stream: UnixStream, daemon: &Arc<Daemon>, open: &Arc<AtomicUsize>) {
 /// The refusal of a client that is neither root nor this user. The socket's mode says the same; this does not depend on it.
 fn stranger(stream: &UnixStream) -> Option<Error> {
     match getsockopt(stream, PeerCredentials) {
-        Ok(peer) if peer.uid() == 0 || peer.uid() == getuid().as_raw() => None,
+        Ok(peer) if state::is_trusted(peer.uid()) => None,
         Ok(peer) => Some(Error::with(
             ErrorKind::Permission,
             format!("user {} may not control this pool", peer.uid()),
@@ -127,6 +126,7 @@ fn converse(
     let hello = Message::Hello {
         version: protocol::VERSION,
         pool: daemon.host.pool().name(),
+        id: daemon.host.pool().id().to_string(),
         pid: std::process::id(),
     };
     protocol::write_line(&mut out, &hello)?;

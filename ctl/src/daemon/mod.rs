@@ -10,6 +10,7 @@ mod process;
 mod requests;
 
 use crate::client;
+use crate::devices::Devices;
 use crate::exit_code::one_line;
 use crate::host::{Host, Role};
 use crate::inherited;
@@ -79,6 +80,10 @@ pub(crate) fn serve(pool: &Name, detached: bool, metadata_cache: Option<u64>) ->
     let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
     runtime.prepare()?;
+    // The daemon of another pool of this name, of another state directory: its files here are not to be overwritten. A
+    // daemon of this pool has the pool's lock, and may be about to end.
+    client::is_served(pool)?;
+    Devices::refuse_of_another_pool(&runtime, &entry.id, state::boot_id()?)?;
     if detached {
         if let Err(e) = process::leave_session() {
             warn!("still in the session of the command that started it: {e}");

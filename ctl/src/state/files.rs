@@ -1,31 +1,81 @@
-//! Reading and replacing small files.
+//! Reading, replacing and locking small files. A link in place of a file is never followed.
 
-use blockfork::error::{Error, Result};
+use blockfork::clock::{Clock, SystemClock};
+use blockfork::error::{Error, ErrorKind, Result};
+use nix::unistd::geteuid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 /// The largest state file that is read.
 const FILE_BYTES_MAX: u64 = 16 << 20;
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
-/// Makes a directory and those above it, for their owner only.
-pub(super) fn make_private(path: &Path) -> Result<()> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|e| Error::io(e, format!("{}: cannot be created", path.display())))
+/// Whether a user can be believed: root, and whoever runs this command.
+pub(crate) fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
 }
 
-/// Reads a JSON file; none if it is not there.
+/// Makes a directory and those above it, for their owner only, and refuses one that is not.
+pub(super) fn make_private(path: &Path) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|e| Error::io(e, format!("{}: cannot be created", path.display())))?;
+    refuse_open(path)
+}
+
+/// Refuses a directory in which others can put files, and one that others can replace by being its owner or that of the
+/// link to it. Fine if it is not there.
+pub(super) fn refuse_open(path: &Path) -> Result<()> {
+    let refuse = |fact: String| {
+        let fact = format!("{}: {fact}", path.display());
+        Err(Error::with(ErrorKind::Permission, fact))
+    };
+    for metadata in [fs::symlink_metadata(path), fs::metadata(path)] {
+        let metadata = match metadata {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => {
+                return Err(Error::io(e, format!("{}: cannot be used", path.display())));
+            }
+        };
+        if !is_trusted(metadata.uid()) {
+            return refuse(format!(
+                "belongs to user {}, who could put anything there; use a directory of your own",
+                metadata.uid()
+            ));
+        }
+        if metadata.is_dir() && metadata.mode() & 0o022 != 0 {
+            return refuse(format!(
+                "others can write there (mode {:o}), so its files could be anybody's; take that right away with `chmod go-w`",
+                metadata.mode() & 0o7777
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Reads a JSON file; none if it is not there. What is not a plain file is not waited for.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     let failed = |e| Error::io(e, format!("{}: cannot be read", path.display()));
-    let file = match File::open(path) {
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path);
+    let file = match opened {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.raw_os_error() == Some(libc::ELOOP) => return Err(no_file(path)),
         Err(e) => return Err(failed(e)),
     };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(no_file(path));
+    }
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX)
         .read_to_end(&mut bytes)
@@ -36,17 +86,61 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         .map_err(|e| Error::corrupt(format!("{}: {e}", path.display())))
 }
 
+fn no_file(path: &Path) -> Error {
+    Error::corrupt(format!("{}: is no plain file", path.display()))
+}
+
+/// Opens a file that is there for its lock, made if it is missing, and locks it. Closing it gives the lock back.
+pub(crate) fn lock_file(path: &Path, wait_ns: u64) -> Result<File> {
+    let failed = |e| Error::io(e, format!("{}: cannot be locked", path.display()));
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(failed)?;
+    let clock = SystemClock::new();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(e)) => return Err(failed(e)),
+            Err(TryLockError::WouldBlock) if clock.monotonic_ns() < wait_ns => {
+                thread::sleep(LOCK_POLL);
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::with(
+                    ErrorKind::Busy,
+                    format!(
+                        "{}: another command has held this lock for {} seconds; look for it with `fuser {}`",
+                        path.display(),
+                        wait_ns / 1_000_000_000,
+                        path.display()
+                    ),
+                ));
+            }
+        }
+    }
+}
+
 /// Replaces a JSON file in one step: a reader, or a crash, sees the old one or the new one.
 pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::io(e.into(), "JSON"))?;
-    write_file(path, &bytes)
+    write_file(path, &json(value)?)
 }
 
 /// Replaces a file in one step.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |e| Error::io(e, format!("{}: cannot be written", path.display()));
-    let staged = Staged::write(path, bytes).map_err(failed)?;
-    staged.publish().map_err(failed)
+    Staged::write(path, bytes)?.publish()
+}
+
+/// Writes what is to replace a JSON file.
+pub(super) fn stage_json<T: Serialize>(path: &Path, value: &T) -> Result<Staged> {
+    Staged::write(path, &json(value)?)
+}
+
+fn json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value).map_err(|e| Error::io(e.into(), "JSON"))
 }
 
 /// The new content of a file, durable under a temporary name beside the file. Dropping it removes it.
@@ -59,32 +153,42 @@ pub(super) struct Staged {
 
 impl Staged {
     /// Writes what is to be at `path`.
-    pub(super) fn write(path: &Path, bytes: &[u8]) -> io::Result<Self> {
-        let create = |temporary: &Path| {
-            OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(temporary)
+    fn write(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let write = || {
+            let create = |temporary: &Path| {
+                OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(temporary)
+            };
+            let (temporary, mut file) = make_temporary(parent(path)?, create)?;
+            // From here on a failure removes the file, which would take room on a full file system.
+            let staged = Self {
+                temporary,
+                path: path.to_owned(),
+                is_published: false,
+            };
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            Ok(staged)
         };
-        let (temporary, mut file) = make_temporary(parent(path)?, create)?;
-        // From here on a failure removes the file: one that is left on a full file system would be in the way of the rest.
-        let staged = Self {
-            temporary,
-            path: path.to_owned(),
-            is_published: false,
-        };
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        Ok(staged)
+        write().map_err(|e| unwritable(path, e))
     }
 
     /// Gives it its name, durably.
-    pub(super) fn publish(mut self) -> io::Result<()> {
-        fs::rename(&self.temporary, &self.path)?;
-        self.is_published = true;
-        File::open(parent(&self.path)?)?.sync_all()
+    pub(super) fn publish(mut self) -> Result<()> {
+        let mut publish = || {
+            fs::rename(&self.temporary, &self.path)?;
+            self.is_published = true;
+            File::open(parent(&self.path)?)?.sync_all()
+        };
+        publish().map_err(|e| unwritable(&self.path, e))
     }
+}
+
+fn unwritable(path: &Path, error: io::Error) -> Error {
+    Error::io(error, format!("{}: cannot be written", path.display()))
 }
 
 impl Drop for Staged {

@@ -1,11 +1,12 @@
 //! The runtime files of a pool: its daemon's socket, pid file, ring, log and list of devices. None outlives the boot.
 
-use super::files::{make_private, remove_file};
+use super::files::{make_private, refuse_open, remove_file};
 use super::{RUNTIME_DIR, RUNTIME_DIR_DEFAULT, directory};
-use blockfork::error::Result;
+use blockfork::error::{Error, Result};
 use blockfork::name::{Name, VolumePath};
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 
 /// The longest path that a unix socket's address holds, without its closing zero.
@@ -19,10 +20,13 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    /// The files of `pool` in `$UBLKCTL_RUNTIME_DIR`.
+    /// The files of `pool` in `$UBLKCTL_RUNTIME_DIR`, which must be out of the reach of others: a command believes what it
+    /// reads there and whoever answers there, and writes there with all its rights.
     pub(crate) fn of(pool: &Name) -> Result<Self> {
+        let directory = directory(RUNTIME_DIR, RUNTIME_DIR_DEFAULT)?;
+        refuse_open(&directory)?;
         Ok(Self {
-            directory: directory(RUNTIME_DIR, RUNTIME_DIR_DEFAULT)?,
+            directory,
             pool: pool.clone(),
         })
     }
@@ -96,14 +100,18 @@ impl Runtime {
 /// The pools that have a file of devices: those that a daemon serves, or served when it was killed.
 pub(crate) fn pools_with_devices() -> Result<Vec<Name>> {
     let directory = directory(RUNTIME_DIR, RUNTIME_DIR_DEFAULT)?;
-    let Ok(entries) = fs::read_dir(&directory) else {
-        return Ok(Vec::new());
+    refuse_open(&directory)?;
+    let failed = |e| Error::io(e, format!("{}: cannot be read", directory.display()));
+    let entries = match fs::read_dir(&directory) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(failed(e)),
     };
     let name = |file: &OsStr| file.to_str()?.strip_suffix(".devices.json")?.parse().ok();
-    let mut names: Vec<Name> = entries
-        .flatten()
-        .filter_map(|entry| name(&entry.file_name()))
-        .collect();
+    let mut names: Vec<Name> = Vec::new();
+    for entry in entries {
+        names.extend(name(&entry.map_err(failed)?.file_name()));
+    }
     names.sort();
     Ok(names)
 }

@@ -12,5 +12,7 @@ mod offline;
 mod order;
 mod output;
 mod read_only;
+mod registry;
 mod repair;
+mod trust;
 mod watch;

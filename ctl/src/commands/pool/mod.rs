@@ -21,8 +21,7 @@ use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
 use blockfork::pool::{OutlineEntry, Pool, RepairOptions};
 use futures_lite::future::block_on;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// The blocks from the start that hold both copies of the superblock, with room to spare.
@@ -42,7 +41,7 @@ pub(super) fn run(command: PoolCommand) -> Result<u8> {
         } => create::create(&name, &path, size, force, !no_overcommit),
         PoolCommand::Import { path } => import(&path),
         PoolCommand::Export { name, force } => export(&name, force),
-        PoolCommand::List { format } => show::list(format),
+        PoolCommand::List { format } => return show::list(format),
         PoolCommand::Status { name, format } => show::status(&name, format),
         PoolCommand::Grow { name, size } => {
             create::check_size(size)?;
@@ -77,42 +76,47 @@ pub(super) fn run(command: PoolCommand) -> Result<u8> {
     .map(|()| OK)
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
-    fs::canonicalize(path).map_err(|e| Error::io(e, format!("{}: cannot be found", path.display())))
-}
-
 fn import(path: &Path) -> Result<()> {
     let registry = Registry::from_env()?;
-    if let Some(entry) = registry.at_path(path)? {
-        return Err(Error::with(
-            ErrorKind::AlreadyExists,
-            format!(
-                "{}: is known already, as pool {}",
-                path.display(),
-                entry.name
-            ),
-        ));
-    }
+    refuse_known(&registry, path)?;
+    // Its lock is held to the end, so that the pool is what its label says.
     let file = open_for_reading(path)?;
     let blocks = file.blocks();
     let label = block_on(Pool::label(&FileDevice::new(Arc::new(file)), blocks))
         .map_err(|e| about(path, &e))?;
-    if registry.has(&label.name) {
+    let entry = PoolEntry {
+        name: label.name,
+        path: state::absolute(path)?,
+        id: label.id.to_string(),
+    };
+    let registry = registry.lock()?;
+    refuse_known(&registry, path)?;
+    if registry.has(&entry.name) {
         return Err(Error::with(
             ErrorKind::AlreadyExists,
             format!(
                 "{}: holds pool {}, and this machine has another of that name; export that first",
                 path.display(),
-                label.name
+                entry.name
             ),
         ));
     }
-    registry.add(&PoolEntry {
-        name: label.name.clone(),
-        path: absolute(path)?,
-        id: label.id.to_string(),
-    })?;
-    output::text(&format!("{}\n", label.name))
+    registry.add(&entry)?;
+    output::text(&format!("{}\n", entry.name))
+}
+
+fn refuse_known(registry: &Registry, path: &Path) -> Result<()> {
+    let Some(entry) = registry.at_path(path)? else {
+        return Ok(());
+    };
+    Err(Error::with(
+        ErrorKind::AlreadyExists,
+        format!(
+            "{}: is known already, as pool {}",
+            path.display(),
+            entry.name
+        ),
+    ))
 }
 
 fn open_for_reading(path: &Path) -> Result<PoolFile> {
@@ -130,33 +134,66 @@ fn export(name: &Name, force: bool) -> Result<()> {
         // An entry that cannot be read can still be forgotten.
         Err(e) if force && registry.has(name) => {
             output::say(&one_line(&e));
-            return registry.remove(name);
+            return forget_unreadable(registry, name);
         }
         Err(e) => return Err(e),
     };
     // Opening it for writing brings home what a killed daemon left in the ring, which does not travel with the pool.
-    let mut closed = change(name, &Request::Stop).and_then(|()| wait_for_lock(&entry));
-    if closed.is_ok() && Runtime::of(name)?.ring().exists() {
+    let runtime = Runtime::of(name)?;
+    let mut closed = close(&entry);
+    if closed.is_ok() && runtime.ring().exists() {
         // Its daemon could only read it, so what the ring holds is nowhere else yet.
-        closed = change(name, &Request::Stop);
+        drop(closed);
+        closed = close(&entry);
     }
-    match closed {
+    // The lock stays to the end: a daemon that starts waits for it, and then finds that the pool is not known any more.
+    let _lock = match closed {
         Err(e) if force && e.kind() != ErrorKind::Busy => {
             output::say(&format!("{}; forgotten all the same", one_line(&e)));
+            None
         }
-        closed => closed?,
-    }
-    Runtime::of(name)?.clear()?;
-    registry.remove(name)
+        closed => {
+            let lock = closed?;
+            // Another command may have attached something before the lock was taken, and its daemon may be dead.
+            let devices = Devices::load(&runtime, name, entry.id.clone(), state::boot_id()?)?;
+            devices.refuse("export", devices.slots().iter())?;
+            Some(lock)
+        }
+    };
+    let registry = registry.lock()?;
+    registry.refuse_changed(&entry)?;
+    runtime.clear()?;
+    registry.remove(&entry)
 }
 
-/// Waits until a daemon that was told to stop has let go of the pool.
-fn wait_for_lock(entry: &PoolEntry) -> Result<()> {
+/// Forgets a pool whose entry cannot be read, and which nobody serves.
+fn forget_unreadable(registry: Registry, name: &Name) -> Result<()> {
+    if let Some(pid) = client::daemon_of(name)? {
+        return Err(Error::with(
+            ErrorKind::Busy,
+            format!(
+                "pool {name}: process {pid} serves it; unmount its devices and end it with `kill {pid}`, then try again"
+            ),
+        ));
+    }
+    let registry = registry.lock()?;
+    if registry.find(name).is_ok() {
+        return Err(Error::with(
+            ErrorKind::Busy,
+            format!("pool {name}: its entry has just been replaced; look at it again"),
+        ));
+    }
+    registry.forget(name)
+}
+
+/// Closes a pool, and ends its daemon if there is one. Whoever has the lock that is returned has the pool alone.
+fn close(entry: &PoolEntry) -> Result<PoolFile> {
+    change(&entry.name, &Request::Stop)?;
     let access = Access {
         write: true,
         lock_wait_ms: LOCK_WAIT_MS,
     };
-    PoolFile::open(&entry.path, access).map(drop)
+    PoolFile::open(&entry.path, access)
 }
 
 fn destroy(name: &Name, dry_run: bool) -> Result<()> {
@@ -186,9 +223,13 @@ fn destroy(name: &Name, dry_run: bool) -> Result<()> {
     let opened = client::open(&entry, &runtime, file.clone(), true, Role::Command);
     let outline = opened.and_then(|host| host.handle(Request::Outline, &mut |_, _| {}));
     refuse_held(name, outline)?;
-    wipe(&entry, file)?;
+    // Before anything is overwritten: another command may have destroyed or exported it, and the name may be another
+    // pool's by now.
+    let registry = registry.lock()?;
+    registry.refuse_changed(&entry)?;
+    wipe(&entry, file.clone())?;
     runtime.clear()?;
-    registry.remove(name)
+    registry.remove(&entry)
 }
 
 /// An error that names every hold in a pool, of which `outline` tells. What is not there or damaged can be destroyed.

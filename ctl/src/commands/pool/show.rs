@@ -2,14 +2,15 @@
 
 use crate::client;
 use crate::commands::unexpected;
-use crate::exit_code::one_line;
+use crate::exit_code::{FAILED, OK, one_line};
 use crate::output::{self, Align, Format, Table};
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request, Status};
-use crate::state::{PoolEntry, Registry};
+use crate::state::{BadEntry, PoolEntry, Registry};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::Result;
 use blockfork::name::Name;
+use std::path::PathBuf;
 
 pub(super) fn status_of(entry: &PoolEntry) -> Result<Status> {
     let bar = Bar::new("looking");
@@ -20,25 +21,52 @@ pub(super) fn status_of(entry: &PoolEntry) -> Result<Status> {
     Ok(status)
 }
 
-/// A pool in `pool list`.
+/// A pool in `pool list`, or the entry of one that cannot be read.
 #[derive(Debug, serde::Serialize)]
 struct Listed {
-    #[serde(flatten)]
-    entry: PoolEntry,
+    name: Name,
+    path: Option<PathBuf>,
+    id: Option<String>,
     status: Option<Status>,
     error: Option<String>,
 }
 
-pub(super) fn list(format: Format) -> Result<()> {
-    let look = |entry: PoolEntry| {
-        let status = status_of(&entry);
-        Listed {
-            error: status.as_ref().err().map(one_line),
-            status: status.ok(),
-            entry,
+impl Listed {
+    fn new(found: Result<PoolEntry, BadEntry>) -> Self {
+        match found {
+            Ok(entry) => {
+                let status = status_of(&entry);
+                Self {
+                    error: status.as_ref().err().map(one_line),
+                    status: status.ok(),
+                    name: entry.name,
+                    path: Some(entry.path),
+                    id: Some(entry.id),
+                }
+            }
+            Err(BadEntry { name, error }) => Self {
+                error: Some(one_line(&error)),
+                status: None,
+                name,
+                path: None,
+                id: None,
+            },
         }
+    }
+}
+
+pub(super) fn list(format: Format) -> Result<u8> {
+    let found = Registry::from_env()?.all()?;
+    let code = if found.iter().any(Result::is_err) {
+        FAILED
+    } else {
+        OK
     };
-    let pools: Vec<Listed> = Registry::from_env()?.all()?.into_iter().map(look).collect();
+    let pools: Vec<Listed> = found.into_iter().map(Listed::new).collect();
+    print_list(&pools, format).map(|()| code)
+}
+
+fn print_list(pools: &[Listed], format: Format) -> Result<()> {
     if format.json {
         return output::json(&pools);
     }
@@ -55,9 +83,11 @@ pub(super) fn list(format: Format) -> Result<()> {
         ("path", left),
     ]);
     for Listed {
-        entry,
+        name,
+        path,
         status,
         error,
+        id: _,
     } in pools
     {
         let figures = status.as_ref().map(|Status { pool, devices, .. }| {
@@ -66,10 +96,12 @@ pub(super) fn list(format: Format) -> Result<()> {
             let counts = [pool.volumes, pool.snapshots, *devices].map(|count| count.to_string());
             sizes.into_iter().chain(counts).collect()
         });
-        let mut row = vec![entry.name.to_string()];
+        let mut row = vec![name.to_string()];
         row.extend(figures.unwrap_or_else(|| vec![String::new(); 6]));
-        row.push(error.unwrap_or_else(|| status.as_ref().map_or("", state_word).to_owned()));
-        row.push(entry.path.display().to_string());
+        let state = status.as_ref().map_or("", state_word);
+        row.push(error.as_deref().unwrap_or(state).to_owned());
+        let path = path.as_ref().map(|path| path.display().to_string());
+        row.push(path.unwrap_or_default());
         table.row(row);
     }
     table.print(format)
