@@ -515,7 +515,7 @@ pub(crate) fn open(
             ),
         ));
     }
-    let devices = Devices::load(runtime, &entry.name, id, boot_id)?;
+    let devices = Devices::saved(runtime, &entry.name, id, boot_id)?;
     // Marks that cannot be read keep nobody from a pool.
     let marks = registry.marks(&entry.name).unwrap_or_else(|e| {
         tracing::warn!("the usual space marks count: {}", one_line(&e));

@@ -4,6 +4,7 @@
 //! The file on disk is written before a device is announced and after it is gone, so whoever opens the pool after a
 //! kill knows every device that somebody may be using. Without a daemon its entries count as attached, served by nobody.
 
+use crate::exit_code::one_line;
 use crate::exports::Exports;
 use crate::protocol::DeviceRow;
 use crate::state::{self, Runtime};
@@ -11,7 +12,7 @@ use crate::udev;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 use blockfork::pool::OnFull;
-use blockfork::ublk::{DeviceState, Served, device_exists};
+use blockfork::ublk::{DeviceState, Served, is_gone};
 use blockfork::units::VolumeId;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -59,9 +60,12 @@ impl DeviceEntry {
         format!("/dev/ublkb{}", self.state.dev_id)
     }
 
-    /// Whether the kernel still has the device.
-    fn is_in_kernel(&self) -> bool {
-        device_exists(self.state.dev_id)
+    /// Whether the kernel no longer has the device. If the kernel cannot be asked, the device counts as there.
+    pub(crate) fn is_gone(&self) -> bool {
+        is_gone(&self.state).unwrap_or_else(|e| {
+            warn!(device = %self.node(), "cannot be asked about: {}", one_line(&e));
+            false
+        })
     }
 }
 
@@ -120,9 +124,7 @@ impl Slot {
                 Service::Detaching => true,
                 Service::Attaching | Service::Waiting => false,
             },
-            fault: failure
-                .map(|e| crate::exit_code::one_line(&e))
-                .or_else(|| self.fault.clone()),
+            fault: failure.map(|e| one_line(&e)).or_else(|| self.fault.clone()),
         }
     }
 
@@ -157,20 +159,30 @@ pub(crate) struct Devices {
 impl Devices {
     /// What the file says, less what the kernel does not have any more.
     pub(crate) fn load(runtime: &Runtime, pool: &Name, id: String, boot: [u8; 16]) -> Result<Self> {
+        let mut devices = Self::saved(runtime, pool, id, boot)?;
+        devices.drop_gone(DeviceEntry::is_gone);
+        Ok(devices)
+    }
+
+    /// What the file says.
+    pub(crate) fn saved(
+        runtime: &Runtime,
+        pool: &Name,
+        id: String,
+        boot: [u8; 16],
+    ) -> Result<Self> {
         let file = runtime.devices();
         let saved = state::read_json::<Saved>(&file)?
             .filter(|saved| saved.pool == id && saved.boot == boot);
         let entries = saved.map_or_else(Vec::new, |saved| saved.devices);
-        let mut devices = Self {
+        Ok(Self {
             slots: entries.into_iter().map(Slot::waiting).collect(),
             exports: Exports::default(),
             pool: pool.clone(),
             id,
             boot,
             file,
-        };
-        devices.drop_gone(|entry| !entry.is_in_kernel());
-        Ok(devices)
+        })
     }
 
     /// Refuses while the file names devices of another pool of this name, which has another state directory: its next
@@ -184,7 +196,7 @@ impl Devices {
         let Some(saved) = state::read_json::<Saved>(&file)? else {
             return Ok(());
         };
-        let live = saved.devices.iter().filter(|entry| entry.is_in_kernel());
+        let live = saved.devices.iter().filter(|entry| !entry.is_gone());
         let nodes: Vec<String> = live.map(DeviceEntry::node).collect();
         if saved.pool == id || saved.boot != boot || nodes.is_empty() {
             return Ok(());
@@ -241,8 +253,11 @@ impl Devices {
         self.slots.iter().find(|slot| slot.entry.path == *path)
     }
 
-    /// Adds a device and writes the file.
+    /// Adds a device and writes the file. Another entry of the same number is stale: the kernel has just given the number
+    /// away.
     pub(crate) fn add(&mut self, slot: Slot) -> Result<()> {
+        let dev_id = slot.entry.state.dev_id;
+        self.drop_gone(|entry| entry.state.dev_id == dev_id);
         self.slots.push(slot);
         self.save()
     }

@@ -120,6 +120,8 @@ pub(crate) enum Request {
     },
     /// Takes devices away.
     Detach { devices: Selection, force: bool },
+    /// Serves again the devices that nothing serves.
+    Recover,
     /// Closes the pool and ends the daemon; refused while a device is attached.
     Stop,
     /// What of these, which were removed, still holds space.
@@ -176,6 +178,7 @@ impl Request {
             | Self::Attach { .. }
             | Self::ServeNbd { .. }
             | Self::Detach { .. }
+            | Self::Recover
             | Self::Stop => false,
         }
     }
@@ -193,7 +196,7 @@ pub(crate) enum Reply {
     Stats(PoolStats),
     /// To `List`.
     List(Vec<Row>),
-    /// To `Devices`, `Attach` and `Detach`: those meant.
+    /// To `Devices`, `Recover`, `Attach` and `Detach`: those meant.
     Devices(Vec<DeviceRow>),
     /// To `ServeNbd`: clients can connect.
     ServingNbd { uri: String, read_only: bool },
@@ -299,15 +302,15 @@ pub(crate) struct DeviceRow {
 }
 
 /// What a resize did to a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Resized {
     /// Nothing is attached.
     Unattached,
     /// The device has the new size.
     Online,
-    /// The kernel cannot; the device has the new size when it is attached again.
-    AtNextAttach,
+    /// The device keeps its old size for now: why, and until when.
+    Later(String),
 }
 
 /// A line from the daemon.

@@ -2,6 +2,9 @@
 //!
 //! Everything runs as a process, as users run it: `ublkctl`, `fio`, `mkfs`, `mount`.
 
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -273,8 +276,19 @@ impl Pool {
 
     /// The daemon's process number, as its pid file has it.
     pub fn daemon(&self) -> Option<String> {
-        let file = self.folder.join("run").join(format!("{}.pid", self.name));
+        let file = self.runtime_file("pid");
         Some(fs::read_to_string(file).ok()?.trim().to_owned())
+    }
+
+    /// A file of the daemon's.
+    pub fn runtime_file(&self, suffix: &str) -> PathBuf {
+        self.runtime_folder()
+            .join(format!("{}.{suffix}", self.name))
+    }
+
+    /// The folder of the daemon's files.
+    pub fn runtime_folder(&self) -> PathBuf {
+        self.folder.join("run")
     }
 
     /// The number of a process that serves the pool, or is about to: it may have no pid file yet.
@@ -530,6 +544,42 @@ impl Drop for Mapped {
             "DM_DISABLE_UDEV=1 dmsetup remove --retry {}",
             self.name
         )));
+    }
+}
+
+/// Threads that the kernel does not run until this is dropped, or until the test has ended.
+#[derive(Debug)]
+pub struct StoppedThreads(Vec<Pid>);
+
+impl StoppedThreads {
+    /// Stops the threads of a process whose name begins so.
+    #[track_caller]
+    pub fn of(pid: &str, name: &str) -> Self {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process lives");
+        let mut stopped = Vec::new();
+        for thread in threads.flatten() {
+            let called = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
+            if !called.starts_with(name) {
+                continue;
+            }
+            let id = thread.file_name().to_string_lossy().parse();
+            let id = Pid::from_raw(id.expect("a thread's number"));
+            ptrace::seize(id, ptrace::Options::empty()).expect("the thread can be traced");
+            ptrace::interrupt(id).expect("the thread can be stopped");
+            waitpid(id, Some(WaitPidFlag::__WALL)).expect("the thread stops");
+            stopped.push(id);
+        }
+        assert!(!stopped.is_empty(), "no thread is called {name}...");
+        Self(stopped)
+    }
+}
+
+impl Drop for StoppedThreads {
+    fn drop(&mut self) {
+        for id in &self.0 {
+            // A thread that has ended meanwhile is no harm.
+            let _ended = ptrace::detach(*id, None);
+        }
     }
 }
 

@@ -226,8 +226,15 @@ pub(super) fn recover(pool: &Name) -> Result<u8> {
         return Ok(OK);
     }
     refuse_without_driver()?;
-    client::ensure_daemon(pool)?;
-    let rows = devices_of(pool)?;
+    // A daemon that starts recovers them by itself; one that runs already tries again.
+    let rows = if client::ensure_daemon(pool)? {
+        devices_of(pool)?
+    } else {
+        let Reply::Devices(rows) = ask(pool, &Request::Recover, "recovering")? else {
+            return Err(unexpected());
+        };
+        rows
+    };
     let mut code = OK;
     for row in &rows {
         if row.served {

@@ -79,10 +79,8 @@ pub(super) fn resize(options: &Resize) -> Result<()> {
     let Reply::Resized(resized) = ask(pool, &request, "working")? else {
         return Err(unexpected());
     };
-    if resized == Resized::AtNextAttach {
-        output::say(&format!(
-            "{pool}/{path}: has its new size; this kernel cannot resize the device in use, it follows at the next attach"
-        ));
+    if let Resized::Later(why) = resized {
+        output::say(&format!("{pool}/{path}: has its new size; {why}"));
     }
     Ok(())
 }

@@ -7,9 +7,10 @@ use crate::state::{self, Runtime};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt::PeerCredentials};
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -46,13 +47,17 @@ impl Listener {
         Ok(Self(listener))
     }
 
-    /// Accepts connections until the process ends.
-    pub(super) fn start(self, daemon: Arc<Daemon>) -> Result<()> {
+    /// Accepts connections until [`Listening::close`], or until the process ends.
+    pub(super) fn start(self, daemon: Arc<Daemon>) -> Result<Listening> {
+        let failed = |e| Error::io(e, "the thread that listens cannot be started");
+        let listening = Listening(self.0.try_clone().map_err(failed)?);
         let accept = move || {
             let open = daemon.clients.clone();
             for stream in self.0.incoming() {
                 match stream {
                     Ok(stream) => accept(stream, &daemon, &open),
+                    // Its socket is closed: there is another one.
+                    Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return,
                     Err(e) => {
                         warn!("a connection was lost: {e}");
                         // Out of descriptors, most likely: don't spin until some are closed.
@@ -62,9 +67,20 @@ impl Listener {
             }
         };
         let started = thread::Builder::new().name("accept".into()).spawn(accept);
-        started
-            .map(drop)
-            .map_err(|e| Error::io(e, "the thread that listens cannot be started"))
+        started.map(|_| listening).map_err(failed)
+    }
+}
+
+/// The socket that a thread accepts connections on.
+#[derive(Debug)]
+pub(super) struct Listening(UnixListener);
+
+impl Listening {
+    /// Ends the thread; the connections that it accepted go on.
+    pub(super) fn close(self) {
+        if let Err(e) = shutdown(self.0.as_raw_fd(), Shutdown::Both) {
+            warn!("a socket without a name stays open: {e}");
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! The pool's lock comes first, so a socket or pid file that is found is a dead daemon's. Devices are recovered before
 //! the socket is there, so whoever gets an answer finds every device in place.
 
+mod keeper;
 mod listener;
 mod maintenance;
 mod monitor;
@@ -20,6 +21,7 @@ use blockfork::device::{Access, PoolFile};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::Name;
 use futures_lite::future::block_on;
+use keeper::Keeper;
 use listener::Listener;
 use maintenance::Maintenance;
 use requests::Requests;
@@ -150,7 +152,8 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
         &runtime.pid(),
         format!("{}\n", std::process::id()).as_bytes(),
     )?;
-    listener.start(daemon.clone())?;
+    let listening = listener.start(daemon.clone())?;
+    let keeper = Keeper::start(daemon.clone(), runtime.clone(), listening)?;
     info!(pool = %daemon.host.pool().name(), devices = daemon.host.devices().count(), "serving");
     if is_detached {
         let daemon = daemon.clone();
@@ -179,6 +182,7 @@ fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -
     }
     // Waits for the requests that run, and turns away those that come.
     daemon.requests.stop();
+    keeper.stop();
     maintenance.stop();
     let ended = shut_down(&daemon.host, runtime);
     let ended = ended.and_then(|()| {

@@ -23,7 +23,6 @@ impl Host {
         options: &ublk::DeviceOptions,
         on_full: OnFull,
     ) -> Result<Reply> {
-        let _turn = self.turn("attach", [Scope::One(path.clone())])?;
         self.refuse_second(path)?;
         let attached = self.pool.attach(path, options.read_only)?;
         attached.set_on_full(on_full);
@@ -169,7 +168,8 @@ impl Host {
             }
             Selection::Paths(paths) => paths.clone(),
         };
-        let _turn = self.turn("detach", paths.iter().cloned().map(Scope::One))?;
+        let scopes = paths.iter().cloned().map(Scope::One);
+        let _turn = self.turn("detach", scopes.collect())?;
         let entries = self.detachable(&paths, force)?;
         for entry in &entries {
             ublk::refuse_stuck(entry.state.dev_id)?;
@@ -262,10 +262,86 @@ impl Host {
         (flushed, deleted.inspect(|()| attached.detach()))
     }
 
-    /// Serves again every device that the file names, and forgets those that the kernel does not have any more.
+    /// Drops the devices that the kernel no longer has, or that somebody else stopped: nobody uses them, and another device
+    /// may get their number.
+    pub(super) fn drop_gone(&self) {
+        let suspects: Vec<(DeviceEntry, bool)> = {
+            let devices = self.devices();
+            let is_suspect = |slot: &&Slot| match &slot.service {
+                Service::Served(served) => served.was_stopped(),
+                Service::Waiting => true,
+                Service::Attaching | Service::Detaching => false,
+            };
+            let suspects = devices.slots().iter().filter(is_suspect);
+            suspects
+                .map(|slot| (slot.entry.clone(), slot.served().is_some()))
+                .collect()
+        };
+        for (entry, is_served) in suspects {
+            let dropped = match is_served {
+                true => self.drop_stopped(&entry),
+                false if entry.is_gone() => self.drop_entry(&entry),
+                false => Ok(()),
+            };
+            if let Err(e) = dropped {
+                warn!(volume = %entry.path, device = %entry.node(), "cannot be dropped: {}", one_line(&e));
+            }
+        }
+    }
+
+    /// Drops a device that this daemon served until somebody else stopped it.
+    fn drop_stopped(&self, entry: &DeviceEntry) -> Result<()> {
+        let served = {
+            let mut devices = self.devices();
+            let Some(slot) = devices.find_mut(&entry.path) else {
+                return Ok(());
+            };
+            // A command of this volume shares it: the next one drops it.
+            let Service::Served(served) = &slot.service else {
+                return Ok(());
+            };
+            if Arc::strong_count(served) > 1 {
+                return Ok(());
+            }
+            std::mem::replace(&mut slot.service, Service::Waiting)
+        };
+        if let Service::Served(served) = served
+            && let Ok(served) = Arc::try_unwrap(served)
+        {
+            let attached = served.attached().clone();
+            let deleted = served.delete();
+            attached.detach();
+            deleted?;
+        }
+        self.drop_entry(entry)
+    }
+
+    fn drop_entry(&self, entry: &DeviceEntry) -> Result<()> {
+        let mut devices = self.devices();
+        devices.drop_gone(|other| other.state == entry.state);
+        devices.save()?;
+        drop(devices);
+        info!(volume = %entry.path, device = %entry.node(), "is gone");
+        self.tell(&Event::DeviceGone {
+            name: format!("{}/{}", self.name, entry.path),
+            device: entry.node(),
+        });
+        Ok(())
+    }
+
+    /// Serves again every device that nothing serves, and forgets those that the kernel does not have any more.
     pub(crate) fn recover(&self) -> Result<()> {
         let mut gone = Vec::new();
         for entry in self.waiting() {
+            let _turn = self.turn("recover", vec![Scope::One(entry.path.clone())])?;
+            // Another command may have had its turn first.
+            if !self
+                .waiting()
+                .iter()
+                .any(|other| other.state == entry.state)
+            {
+                continue;
+            }
             let node = entry.node();
             match self.recover_one(&entry) {
                 Ok(served) => {
@@ -322,7 +398,14 @@ impl Host {
         }
         let recovered =
             ublk::Served::recover(self.device.file().clone(), attached.clone(), &entry.state);
-        recovered.inspect_err(|_| attached.detach())
+        let served = recovered.inspect_err(|_| attached.detach())?;
+        // The volume may have been resized while nothing served the device.
+        if served.size() != Some(attached.bytes())
+            && let Err(e) = served.update_size(attached.bytes())
+        {
+            warn!(volume = %entry.path, "its device keeps its old size: {}", one_line(&e));
+        }
+        Ok(served)
     }
 }
 

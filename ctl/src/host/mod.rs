@@ -5,6 +5,7 @@
 
 mod devices;
 mod events;
+mod in_use;
 mod nbd;
 mod place;
 mod preflight;
@@ -14,7 +15,7 @@ mod volumes;
 use crate::devices::{Devices, Slot};
 use crate::events::Events;
 use crate::marks::Marks;
-use crate::protocol::{Reply, Request, Row, Status};
+use crate::protocol::{DeviceRow, Reply, Request, Row, Status};
 use blockfork::device::FileDevice;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
@@ -62,7 +63,7 @@ impl Host {
         role: Role,
         marks: Marks,
     ) -> Self {
-        Self {
+        let host = Self {
             name: pool.name(),
             pool: Arc::new(pool),
             device,
@@ -72,7 +73,10 @@ impl Host {
             marks: Mutex::new(marks),
             events: Events::default(),
             has_removed: AtomicBool::new(false),
-        }
+        };
+        // The pool is locked, so nobody else is about to attach anything.
+        host.drop_gone();
+        host
     }
 
     /// The pool.
@@ -91,25 +95,22 @@ impl Host {
     }
 
     /// Waits for the turn of what a command works on.
-    fn turn(
-        &self,
-        action: &'static str,
-        scopes: impl IntoIterator<Item = Scope>,
-    ) -> Result<Turn<'_>> {
-        let scopes = scopes.into_iter().collect();
+    fn turn(&self, action: &'static str, scopes: Vec<Scope>) -> Result<Turn<'_>> {
         self.turns.take(&self.name, action, scopes)
     }
 
     /// Does what a request asks.
     pub(crate) fn handle(&self, request: Request, progress: Progress<'_>) -> Result<Reply> {
+        self.drop_gone();
+        let turn = Self::scopes(&request).map(|(action, scopes)| self.turn(action, scopes));
+        let _turn = turn.transpose()?;
+        self.refuse_attached(&request)?;
         let (pool, device) = (&self.pool, &self.device);
         match request {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::Stats => Ok(Reply::Stats(pool.stats())),
             Request::List => self.list(),
-            Request::Devices => Ok(Reply::Devices(
-                self.devices().slots().iter().map(Slot::row).collect(),
-            )),
+            Request::Devices => Ok(Reply::Devices(self.rows())),
             Request::Diff { from, to } => block_on(pool.diff(device, &from, &to)).map(Reply::Diff),
             Request::Check => {
                 let report = block_on(pool.check(device, progress))?;
@@ -190,20 +191,26 @@ impl Host {
                 on_full,
             } => self.serve_nbd(&path, read_only, &address, on_full),
             Request::Detach { devices, force } => self.detach(&devices, force),
+            Request::Recover => {
+                self.recover()?;
+                Ok(Reply::Devices(self.rows()))
+            }
+            // Whoever asked for it sees to the rest.
             Request::Stop => self.closable().map(|()| Reply::Done),
             Request::Backlog { ids } => pool.backlog(&ids).map(Reply::Backlog),
         }
     }
 
-    /// Refuses where something of the pool is in use.
+    /// Refuses where all that the pool holds would be gone with this process.
     fn closable(&self) -> Result<()> {
-        if let Some(fact) = self.deleted() {
-            return Err(Error::with(ErrorKind::Busy, fact));
+        match self.deleted() {
+            Some(fact) => Err(Error::with(ErrorKind::Busy, fact)),
+            None => Ok(()),
         }
-        let devices = self.devices();
-        devices.refuse("close the pool", devices.slots().iter())?;
-        let exports = devices.exports();
-        exports.refuse(&self.name, "close the pool", |_| true)
+    }
+
+    fn rows(&self) -> Vec<DeviceRow> {
+        self.devices().slots().iter().map(Slot::row).collect()
     }
 
     fn status(&self) -> Status {

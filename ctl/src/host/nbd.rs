@@ -1,7 +1,6 @@
 //! Exports over NBD.
 
 use super::Host;
-use super::turns::Scope;
 use crate::endpoint::{Bound, Endpoint};
 use crate::events::Event;
 use crate::exports::Exported;
@@ -23,7 +22,6 @@ impl Host {
         address: &NbdAddress,
         on_full: OnFull,
     ) -> Result<Reply> {
-        let _turn = self.turn("serve-nbd", [Scope::One(path.clone())])?;
         self.refuse_second(path)?;
         let attached = self
             .pool

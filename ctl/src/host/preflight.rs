@@ -12,6 +12,7 @@ impl Host {
     /// The refusal of a request that would fail, as far as that can be seen without changing anything. The pool may be
     /// open read-only: without a daemon, a mistake shall not even touch the pool's file.
     pub(crate) fn preflight(&self, request: &Request) -> Result<()> {
+        self.refuse_attached(request)?;
         match request {
             Request::Create {
                 volume,
@@ -24,10 +25,7 @@ impl Host {
             }
             Request::Remove {
                 targets, recursive, ..
-            } => {
-                self.unused(targets, *recursive)?;
-                self.pool.check_removable(targets, *recursive)
-            }
+            } => self.pool.check_removable(targets, *recursive),
             Request::SetLimits { volume, changes } => {
                 self.pool.check_limit_changes(volume, changes)
             }
@@ -66,6 +64,7 @@ impl Host {
             | Request::Attach { .. }
             | Request::ServeNbd { .. }
             | Request::Detach { .. }
+            | Request::Recover
             | Request::Stop
             | Request::Backlog { .. } => Ok(()),
         }

@@ -1,6 +1,5 @@
 //! Changing volumes and the pool itself.
 
-use super::turns::{Scope, Turn};
 use super::{Host, whole};
 use crate::exit_code::one_line;
 use crate::protocol::{Judged, Pruned, Reply, Resized};
@@ -22,54 +21,11 @@ impl Host {
         recursive: bool,
         dry_run: bool,
     ) -> Result<Reply> {
-        // A dry run walks the maps of all that would go; nobody waits for that.
-        let turn = || self.removal_turn(targets, recursive);
-        let _turn = (!dry_run).then(turn).transpose()?;
-        self.unused(targets, recursive)?;
         let removal = block_on(self.pool.remove(&self.device, targets, recursive, dry_run))?;
         if !dry_run {
             self.note_removed();
         }
         Ok(Reply::Removal(removal))
-    }
-
-    fn removal_turn(&self, targets: &[VolumePath], recursive: bool) -> Result<Turn<'_>> {
-        let scope = |target: &VolumePath| {
-            if recursive {
-                Scope::below(target)
-            } else {
-                Scope::One(target.clone())
-            }
-        };
-        self.turn("rm", targets.iter().map(scope))
-    }
-
-    /// Refuses where a device serves something of what a removal names.
-    pub(super) fn unused(&self, targets: &[VolumePath], recursive: bool) -> Result<()> {
-        let devices = self.devices();
-        let goes = |path: &VolumePath| {
-            targets.iter().any(|target| {
-                target == path
-                    || (recursive && target.snapshot.is_none() && target.volume == path.volume)
-            })
-        };
-        let slots = devices.slots().iter();
-        let refused = [
-            devices.refuse("remove", slots.filter(|slot| goes(&slot.entry.path))),
-            devices.exports().refuse(&self.name, "remove", goes),
-        ];
-        let refused = refused.into_iter().filter_map(Result::err);
-        let mut refused: Vec<String> = refused.map(|e| one_line(&e)).collect();
-        if !refused.is_empty() {
-            // Where only holds are in the way, the engine names them.
-            let outline = self.pool.outline();
-            for entry in outline.iter().filter(|entry| goes(&entry.path)) {
-                let held = |tag| format!("{}/{} is held by {tag}", self.name, entry.path);
-                refused.extend(entry.holds.iter().map(held));
-            }
-            return Err(Error::with(ErrorKind::Busy, refused.join("; ")));
-        }
-        Ok(())
     }
 
     /// Removes the snapshots of a volume that nothing keeps, all together.
@@ -81,8 +37,6 @@ impl Host {
                 format!("{}/{volume}: no rule keeps anything", self.name),
             ));
         }
-        let scope = [Scope::Whole(volume.clone())];
-        let _turn = (!dry_run).then(|| self.turn("prune", scope)).transpose()?;
         let found = self.pool.snapshots_of(volume)?;
         let created: Vec<Timestamp> = found.iter().map(|entry| entry.created).collect();
         let now = SystemClock::new().now();
@@ -114,71 +68,51 @@ impl Host {
     }
 
     pub(super) fn rename(&self, from: &VolumePath, to: &VolumePath) -> Result<Reply> {
-        let _turn = self.turn("rename", [from, to].map(Scope::below))?;
-        let devices = self.devices();
-        // A volume's new name is that of its snapshots too.
-        let goes = |path: &VolumePath| {
-            path == from || (from.snapshot.is_none() && path.volume == from.volume)
-        };
-        devices.refuse(
-            "rename",
-            devices.slots().iter().filter(|slot| goes(&slot.entry.path)),
-        )?;
-        devices.exports().refuse(&self.name, "rename", goes)?;
-        drop(devices);
         block_on(self.pool.rename(&self.device, from, to)).map(|()| Reply::Done)
     }
 
     pub(super) fn resize(&self, volume: &Name, bytes: u64, allow_shrink: bool) -> Result<Reply> {
-        let path = whole(volume);
-        let _turn = self.turn("resize", [Scope::One(path.clone())])?;
         block_on(self.pool.resize(&self.device, volume, bytes, allow_shrink))?;
-        let (entry, served) = {
+        Ok(Reply::Resized(self.resize_device(&whole(volume), bytes)))
+    }
+
+    /// Gives the device of a volume the size that the volume has already. A device that stays behind is no reason to say
+    /// that the command failed.
+    fn resize_device(&self, path: &VolumePath, bytes: u64) -> Resized {
+        let (node, served) = {
             let devices = self.devices();
-            let Some(slot) = devices.find(&path) else {
-                let resized = match devices.exports().find(&path) {
-                    // NBD has no way to tell a client that is connected.
-                    Some(_) => Resized::AtNextAttach,
-                    None => Resized::Unattached,
-                };
-                return Ok(Reply::Resized(resized));
-            };
-            (slot.entry.clone(), slot.served().cloned())
+            match (devices.find(path), devices.exports().find(path)) {
+                (Some(slot), _) => (slot.entry.node(), slot.served().cloned()),
+                (None, Some(_)) => {
+                    return Resized::Later(
+                        "clients that are connected over NBD keep the old one".to_owned(),
+                    );
+                }
+                (None, None) => return Resized::Unattached,
+            }
         };
-        // The volume has its new size already; a device that stays behind is no reason to say that it failed.
-        let is_online = match &served {
-            Some(served) => served.update_size(bytes).unwrap_or_else(|e| {
-                warn!(device = %entry.node(), "cannot be resized: {}", one_line(&e));
-                false
-            }),
-            None => false,
+        let at_next_attach = |why: &str| {
+            let why = format!("{why}; {node} follows at the next attach");
+            warn!(volume = %path, "{why}");
+            Resized::Later(why)
         };
-        Ok(Reply::Resized(if is_online {
-            Resized::Online
-        } else {
-            Resized::AtNextAttach
-        }))
+        match served.map(|served| served.update_size(bytes)) {
+            Some(Ok(true)) => Resized::Online,
+            Some(Ok(false)) => at_next_attach("this kernel cannot resize a device in use"),
+            Some(Err(e)) => at_next_attach(&one_line(&e)),
+            None => Resized::Later(format!(
+                "{node} follows when a daemon serves it again, `ublkctl recover {}`",
+                self.name
+            )),
+        }
     }
 
     pub(super) fn rollback(&self, snapshot: &VolumePath) -> Result<Reply> {
-        let path = whole(&snapshot.volume);
-        let _turn = self.turn("rollback", [Scope::One(path.clone())])?;
+        let path = snapshot.origin();
         let device = {
             let devices = self.devices();
-            let is_meant = |other: &VolumePath| *other == path;
-            devices
-                .exports()
-                .refuse(&self.name, "roll back", is_meant)?;
-            match devices.find(&path) {
-                None => None,
-                Some(slot) => {
-                    let Some(served) = slot.served() else {
-                        devices.refuse("roll back", std::iter::once(slot))?;
-                        return Err(Error::new(ErrorKind::Busy));
-                    };
-                    Some((slot.entry.clone(), served.clone()))
-                }
-            }
+            let slot = devices.find(&path);
+            slot.and_then(|slot| Some((slot.entry.clone(), slot.served()?.clone())))
         };
         let Some((entry, served)) = device else {
             return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);

@@ -7,7 +7,7 @@ use blockfork::name::{Name, VolumePath};
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The longest path that a unix socket's address holds, without its closing zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -34,6 +34,11 @@ impl Runtime {
     /// Makes the directory, for its owner only.
     pub(crate) fn prepare(&self) -> Result<()> {
         make_private(&self.directory)
+    }
+
+    /// Where the files are.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     fn file(&self, suffix: &str) -> PathBuf {
@@ -125,7 +130,6 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn a_socket_path_fits_its_address_whatever_the_name() {

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::format::journal::{BlockHeader, encode_blocks};
 use crate::sync::AsyncMutexGuard;
 use crate::units::{BLOCK_LEN, Extent, Seq};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -124,6 +125,13 @@ impl State {
         if let Some(ring) = &mut self.ring {
             ring.trim(end);
         }
+    }
+
+    /// Makes the ring's file at `path` anew.
+    pub(crate) fn put_ring_back(&mut self, path: &Path) -> Result<()> {
+        self.ring
+            .as_mut()
+            .map_or(Ok(()), |ring| ring.put_back(path))
     }
 
     /// Replaces the ring.

@@ -73,36 +73,20 @@ fn header_of(owner: RingOwner) -> [u8; 64] {
 impl Ring {
     /// Makes an empty ring at `path` in place of whatever is there. The old one stays until the new one is whole.
     pub(crate) fn create(path: &Path, owner: RingOwner) -> Result<Self> {
-        let failed = |e| {
-            Error::io(
-                e,
-                format!("{}: the shared ring cannot be made", path.display()),
-            )
-        };
-        let fresh = path.with_extension("ring.new");
-        match std::fs::remove_file(&fresh) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
-            _ => {}
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&fresh)
-            .map_err(failed)?;
-        // All of it is allocated now: a store to a page that a full tmpfs cannot give would kill the process.
-        allocate(&file, HEADER_BYTES + DATA_BYTES).map_err(failed)?;
-        // SAFETY: the file is new, ours alone by its mode and by the pool's lock, and never truncated.
-        let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(failed)?;
-        map[..64].copy_from_slice(&header_of(owner));
-        std::fs::rename(&fresh, path).map_err(failed)?;
+        let header = header_of(owner);
         Ok(Self {
-            map,
+            map: make(path, |map| map[..header.len()].copy_from_slice(&header))?,
             appended: 0,
             trimmed: 0,
             ends: VecDeque::new(),
         })
+    }
+
+    /// Makes the ring's file at `path` anew, with all that the ring holds, and goes on in it: somebody removed the file, and
+    /// what is mapped would go with this process.
+    pub(crate) fn put_back(&mut self, path: &Path) -> Result<()> {
+        self.map = make(path, |map| map.copy_from_slice(&self.map))?;
+        Ok(())
     }
 
     /// The records that a ring of `owner` holds at `path`, numbers ascending by one; none if it belongs to another.
@@ -164,6 +148,35 @@ impl Ring {
     pub(crate) fn is_nearly_full(&self) -> bool {
         self.appended - self.trimmed > DATA_BYTES as u64 / 2
     }
+}
+
+/// Makes a ring's file, filled before it has its name.
+fn make(path: &Path, write_to: impl FnOnce(&mut [u8])) -> Result<MmapMut> {
+    let failed = |e| {
+        Error::io(
+            e,
+            format!("{}: the shared ring cannot be made", path.display()),
+        )
+    };
+    let fresh = path.with_extension("ring.new");
+    match std::fs::remove_file(&fresh) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+        _ => {}
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&fresh)
+        .map_err(failed)?;
+    // All of it is allocated now: a store to a page that a full tmpfs cannot give would kill the process.
+    allocate(&file, HEADER_BYTES + DATA_BYTES).map_err(failed)?;
+    // SAFETY: the file is new, ours alone by its mode and by the pool's lock, and never truncated.
+    let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(failed)?;
+    write_to(&mut map);
+    std::fs::rename(&fresh, path).map_err(failed)?;
+    Ok(map)
 }
 
 /// The records in the bytes of a ring of `owner`; none if it belongs to another.
@@ -301,6 +314,25 @@ mod tests {
         assert!(Ring::recover(&path, owner(2)).unwrap().is_none());
         std::fs::remove_file(&path).unwrap();
         assert!(Ring::recover(&path, owner(1)).unwrap().is_none());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs a mapped file")]
+    fn a_ring_that_was_removed_is_put_back_with_all_that_it_holds() {
+        let path = path("removed");
+        let mut ring = Ring::create(&path, owner(1)).unwrap();
+        for seq in 1..5 {
+            ring.append(Seq(seq), b"record");
+        }
+        ring.trim(Seq(3));
+        std::fs::remove_file(&path).unwrap();
+        ring.append(Seq(5), b"record");
+        ring.put_back(&path).unwrap();
+        assert_eq!(seqs(&path), [3, 4, 5]);
+        ring.append(Seq(6), b"record");
+        ring.trim(Seq(5));
+        assert_eq!(seqs(&path), [5, 6]);
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

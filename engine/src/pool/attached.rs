@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Role;
 use crate::name::VolumePath;
 use crate::sync::{Latch, Published};
-use crate::units::{BLOCK_BYTES, VolumeId};
+use crate::units::{BLOCK_BYTES, PoolId, VolumeId};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -148,6 +148,11 @@ impl Attached {
         self.pool
             .path_of(self.volume.id)
             .unwrap_or_else(|_| self.first_path.clone())
+    }
+
+    /// The identity of the pool that it is in.
+    pub fn pool_id(&self) -> PoolId {
+        self.pool.id()
     }
 
     /// Its number.

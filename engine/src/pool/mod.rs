@@ -157,6 +157,21 @@ impl Pool {
         self.checkpoint(device).await
     }
 
+    /// Makes the file of the shared ring anew if somebody removed it; whether that was so. Requests wait meanwhile, for as
+    /// long as it takes to copy 16 MiB in memory.
+    pub fn put_ring_back(&self) -> Result<bool> {
+        let RingPlace::File { path, .. } = &self.ring else {
+            return Ok(false);
+        };
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !self.is_read_only => {
+                self.ledger.freeze(|state| state.put_ring_back(path))?;
+                Ok(true)
+            }
+            Ok(_) | Err(_) => Ok(false),
+        }
+    }
+
     /// Makes all acknowledged writes durable.
     pub async fn flush<D: Device>(&self, device: &D) -> Result<()> {
         datapath::flush(&self.ledger, &self.checkpoints, device).await

@@ -151,7 +151,7 @@ impl Pool {
     }
 
     /// The size of a volume or snapshot.
-    fn bytes_of(&self, path: &VolumePath) -> Result<u64> {
+    pub fn bytes_of(&self, path: &VolumePath) -> Result<u64> {
         self.ledger
             .look(|metadata| metadata.catalog.find(path).map(|found| found.entry.bytes))
     }

@@ -25,6 +25,7 @@ mod control;
 mod driver;
 mod fetch;
 mod holders;
+mod mark;
 mod params;
 mod queue;
 mod recover;
@@ -43,7 +44,7 @@ pub use claim::Claim;
 pub use control::refuse_stuck;
 pub use driver::{Check, Driver, driver};
 pub use holders::{Holder, holders, sharers};
-pub use recover::{KernelDevice, Phase, device_exists, device_state, forget, orphans};
+pub use recover::{KernelDevice, Phase, device_state, forget, is_gone, orphans};
 pub use served::{DeviceOptions, DeviceState, Served};
 pub use stack::{FileSystem, Layer, MountPoint, Stack};
 

@@ -2,9 +2,11 @@
 
 use super::command::Commands;
 use super::control::Ask;
-use super::served::{DeviceState, is_ours};
+use super::mark::{self, is_ours};
+use super::served::DeviceState;
 use super::{block_path, char_path, holders, params, steps, sysfs};
 use crate::error::{Error, ErrorKind, Result};
+use crate::pool::Attached;
 use libublk::sys;
 use serde::{Deserialize, Serialize};
 use std::thread;
@@ -55,14 +57,9 @@ impl Phase {
     }
 }
 
-/// Whether the driver has a device of this number.
-pub fn device_exists(dev_id: u32) -> bool {
-    sysfs::has_device(dev_id)
-}
-
 /// What the driver knows of a device, `None` if it has none of this number.
 pub fn device_state(dev_id: u32) -> Result<Option<KernelDevice>> {
-    if !device_exists(dev_id) {
+    if !sysfs::has_device(dev_id) {
         return Ok(None);
     }
     Ask::query(dev_id, "GET_DEV_INFO").run(move |commands| info(commands, dev_id))
@@ -82,6 +79,46 @@ fn info(commands: &mut Commands, dev_id: u32) -> Result<Option<KernelDevice>> {
         pid: info.ublksrv_pid,
         is_ours: is_ours(info.ublksrv_flags),
     }))
+}
+
+/// Whether the kernel no longer has the device that a daemon noted, so that nobody can be using it. Another device may have
+/// its number by now.
+pub fn is_gone(noted: &DeviceState) -> Result<bool> {
+    match device_state(noted.dev_id)? {
+        Some(device) if device.state.mark == noted.mark => clear_dead(&device),
+        Some(_) | None => Ok(true),
+    }
+}
+
+/// Deletes a device that was stopped, or was never started, and that no process serves: there is no block device, and
+/// nobody else would clean it away. False if the device is not like that.
+fn clear_dead(device: &KernelDevice) -> Result<bool> {
+    let dev_id = device.state.dev_id;
+    let is_dead = device.phase == Phase::Dead && holders::openers(&char_path(dev_id)).is_empty();
+    if is_dead {
+        steps::delete(dev_id)?;
+    }
+    Ok(is_dead)
+}
+
+/// An error where the kernel has a device of the same volume: whoever uses that would not see what is written through
+/// another one.
+pub(super) fn refuse_twin(attached: &Attached) -> Result<()> {
+    for dev_id in sysfs::devices() {
+        let Some(device) = device_state(dev_id)? else {
+            continue;
+        };
+        let is_twin = mark::is_of(device.state.mark, attached.pool_id(), attached.id());
+        if is_twin && !clear_dead(&device)? {
+            let (node, path) = (block_path(dev_id), attached.path());
+            let node = node.display();
+            let message = format!(
+                "{path}: the kernel still has {node} of it, which no daemon of the pool knows; unmount it, then `ublkctl detach --force {node}` gives it up"
+            );
+            return Err(Error::with(ErrorKind::Busy, message));
+        }
+    }
+    Ok(())
 }
 
 /// All devices that this program made and no process serves.
@@ -149,9 +186,7 @@ pub(super) fn take_over(state: &DeviceState) -> Result<()> {
             return Err(Error::with(ErrorKind::Unsupported, message));
         }
         let is_dead = device.phase == Phase::Dead;
-        if is_dead && holders::openers(&char_path(dev_id)).is_empty() {
-            // Nobody can use it, and nobody else will clean it away.
-            steps::delete(dev_id)?;
+        if clear_dead(&device)? {
             let message =
                 format!("{shown}: was never started, or was stopped; attach the volume anew");
             return Err(Error::with(ErrorKind::NotFound, message));

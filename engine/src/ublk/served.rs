@@ -5,7 +5,7 @@ use super::control::Ask;
 use super::params::{self, Geometry};
 use super::queue::{Queue, Work};
 use super::steps::{self, Opened};
-use super::{block_path, recover, sysfs};
+use super::{block_path, mark, recover, sysfs};
 use crate::device::PoolFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Attached;
@@ -68,15 +68,6 @@ impl DeviceState {
     }
 }
 
-/// The upper half of each mark: "bkfk".
-const MARK: u64 = 0x626b_666b << 32;
-const MARK_MASK: u64 = 0xffff_ffff << 32;
-
-/// Whether a mark is one of this program's.
-pub(super) fn is_ours(mark: u64) -> bool {
-    mark & MARK_MASK == MARK
-}
-
 /// How long queue threads may take to begin or to end.
 const THREADS_LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
@@ -93,7 +84,8 @@ pub struct Served {
 }
 
 impl Served {
-    /// Makes a device and serves it: returns once `/dev/ublkbN` is usable. Blocks. `announce` notes the device where the
+    /// Makes a device and serves it: returns once `/dev/ublkbN` is usable. Refused while the kernel has a device of the same
+    /// volume. Blocks. `announce` notes the device where the
     /// next daemon looks, before anybody can use it.
     pub fn add(
         file: Arc<PoolFile>,
@@ -108,7 +100,8 @@ impl Served {
             memory_alignment: file.memory_alignment(),
         };
         steps::check(options)?;
-        let mark = MARK | u64::from(steps::random()?);
+        recover::refuse_twin(&attached)?;
+        let mark = mark::draw(attached.pool_id(), attached.id())?;
         let wanted = options.clone();
         let pool_fd = file.as_raw_fd();
         let opened = Ask::about("a new device", "ADD_DEV")
@@ -255,6 +248,11 @@ impl Served {
         &self.attached
     }
 
+    /// The size in bytes that the kernel gives its block device, where it can be asked.
+    pub fn size(&self) -> Option<u64> {
+        sysfs::size(self.state.dev_id)
+    }
+
     /// Tells the kernel a new size, in whole sectors; false where the kernel has no way to be told.
     pub fn update_size(&self, bytes: u64) -> Result<bool> {
         let sector_bytes = u64::from(self.attached.sector_bytes());
@@ -286,6 +284,12 @@ impl Served {
                 .map_err(failed)?;
             Ok(true)
         })
+    }
+
+    /// Whether somebody else stopped the device: there is nothing left to serve.
+    pub fn was_stopped(&self) -> bool {
+        let mut queues = self.queues.iter();
+        queues.all(|queue| queue.has_ended() && queue.failure().is_none())
     }
 
     /// Why the device is not served as it should be, if so: a queue failed, or somebody else stopped the device.
@@ -391,11 +395,5 @@ mod tests {
     fn a_device_can_be_kept_by_any_thread() {
         fn is_shareable<T: Send + Sync>() {}
         is_shareable::<Served>();
-    }
-
-    #[test]
-    fn a_mark_tells_our_devices() {
-        assert!(is_ours(MARK | 7));
-        assert!(!is_ours(0));
     }
 }

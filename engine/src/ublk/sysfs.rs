@@ -1,6 +1,7 @@
 //! What the kernel shows of ublk devices below `/sys` and `/dev`.
 
 use super::block_path;
+use crate::units::SECTOR_BYTES;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -40,6 +41,16 @@ pub(super) fn has_device(dev_id: u32) -> bool {
 /// The block device's folder.
 pub(super) fn block_folder(dev_id: u32) -> PathBuf {
     Path::new("/sys/class/block").join(format!("ublkb{dev_id}"))
+}
+
+/// The size of a block device in bytes.
+pub(super) fn size(dev_id: u32) -> Option<u64> {
+    let sectors = fs::read_to_string(block_folder(dev_id).join("size")).ok()?;
+    sectors
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(SECTOR_BYTES)
 }
 
 /// Takes the I/O scheduler away from a block device.

@@ -7,6 +7,8 @@ mod doctor;
 mod faults;
 mod filesystems;
 mod full_pool;
+mod gone_devices;
+mod hung_device;
 mod inherited;
 mod kills;
 mod links;
