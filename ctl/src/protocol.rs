@@ -256,7 +256,7 @@ pub(crate) struct Status {
     /// The engine's view.
     #[serde(flatten)]
     pub(crate) pool: PoolStatus,
-    /// Whether its daemon can only read it, because it is damaged.
+    /// Whether its daemon can only read it, because it is damaged or its medium takes no writes.
     #[serde(default)]
     pub(crate) read_only: bool,
     /// Whether the pool's file is not where its daemon opened it; a warning says what to do.

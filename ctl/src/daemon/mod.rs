@@ -27,6 +27,8 @@ use maintenance::Maintenance;
 use requests::Requests;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
+use std::fs::{File, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -104,7 +106,7 @@ pub(crate) fn serve(pool: &Name, detached: bool, metadata_cache: Option<u64>) ->
     let caught = [SIGTERM, SIGHUP].into_iter();
     let signals = Signals::new(caught.chain(ends_on_interrupt.then_some(SIGINT)))
         .map_err(|e| Error::io(e, "signals cannot be caught"))?;
-    let host = open(&entry, &runtime)?;
+    let (host, _alone) = open(&entry, &runtime)?;
     if let Some(bytes) = metadata_cache {
         host.pool().limit_metadata(bytes);
     }
@@ -112,19 +114,30 @@ pub(crate) fn serve(pool: &Name, detached: bool, metadata_cache: Option<u64>) ->
     run(host, signals, &runtime, detached)
 }
 
-fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<Host> {
-    let access = Access {
-        write: true,
-        lock_wait_ms: LOCK_WAIT_MS,
+/// Opens the pool, for reading where its medium takes no writes. The second value is what keeps other daemons away then.
+fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<(Host, Option<File>)> {
+    let open = |write| {
+        let access = Access {
+            write,
+            lock_wait_ms: LOCK_WAIT_MS,
+        };
+        PoolFile::open(&entry.path, access)
     };
-    let file = PoolFile::open(&entry.path, access)?;
+    let (file, alone) = match open(true) {
+        Err(e) if e.kind() == ErrorKind::ReadOnly => {
+            warn!(pool = %entry.name, "everything is read-only: {}", one_line(&e));
+            (open(false)?, Some(lock_reader(runtime)?))
+        }
+        opened => (opened?, None),
+    };
     if !file.is_direct() {
         warn!(path = %entry.path.display(), "the file system refuses O_DIRECT: I/O is buffered");
     }
     let file = Arc::new(file);
-    let host = match client::open(entry, runtime, file.clone(), false, Role::Daemon) {
+    let read_only = !file.is_writable();
+    let host = match client::open(entry, runtime, file.clone(), read_only, Role::Daemon) {
         // What is whole of a damaged pool can be read, under the same lock.
-        Err(e) if e.kind() == ErrorKind::Corrupt => {
+        Err(e) if e.kind() == ErrorKind::Corrupt && !read_only => {
             let host = client::open(entry, runtime, file, true, Role::Daemon)?;
             warn!(pool = %entry.name, "cannot be opened for writing, everything is read-only: {}", one_line(&e));
             host
@@ -134,7 +147,31 @@ fn open(entry: &PoolEntry, runtime: &Runtime) -> Result<Host> {
     for warning in host.pool().status().warnings {
         warn!(pool = %entry.name, "{warning}");
     }
-    Ok(host)
+    Ok((host, alone))
+}
+
+/// Keeps a second daemon of these runtime files away.
+fn lock_reader(runtime: &Runtime) -> Result<File> {
+    let path = runtime.reader_lock();
+    let failed = |e| Error::io(e, format!("{}: cannot be locked", path.display()));
+    let opened = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path);
+    let file = opened.map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::with(
+            ErrorKind::Busy,
+            format!(
+                "{}: another daemon serves this pool already",
+                path.display()
+            ),
+        )),
+        Err(TryLockError::Error(e)) => Err(failed(e)),
+    }
 }
 
 fn run(host: Host, mut signals: Signals, runtime: &Runtime, is_detached: bool) -> Result<()> {

@@ -24,6 +24,7 @@ impl Host {
         on_full: OnFull,
     ) -> Result<Reply> {
         self.refuse_second(path)?;
+        self.refuse_write(path, options.read_only)?;
         let attached = self.pool.attach(path, options.read_only)?;
         attached.set_on_full(on_full);
         let announce = |state: ublk::DeviceState| {
@@ -112,6 +113,22 @@ impl Host {
         Err(Error::with(
             ErrorKind::Busy,
             format!("{}/{path}: {fact}", self.name),
+        ))
+    }
+
+    /// An error if a volume is to be written to, and the medium of the pool takes no writes.
+    pub(super) fn refuse_write(&self, path: &VolumePath, read_only: bool) -> Result<()> {
+        let file = self.device.file();
+        if file.is_writable() || read_only || path.snapshot.is_some() {
+            return Ok(());
+        }
+        Err(Error::with(
+            ErrorKind::ReadOnly,
+            format!(
+                "{}/{path}: cannot be written to, because {} is on a read-only medium; attach it with --read-only, or a snapshot of it",
+                self.name,
+                file.path().display()
+            ),
         ))
     }
 
@@ -386,6 +403,17 @@ impl Host {
                 ),
             )
         };
+        let file = self.device.file();
+        if !entry.read_only && !file.is_writable() {
+            // Served read-only, the writes that wait in the kernel would fail.
+            return Err(lost(format!(
+                "writes to {} wait, because {} is on a read-only medium; make that writable, end this daemon with `kill {}`, and run `ublkctl recover {}`",
+                entry.node(),
+                file.path().display(),
+                std::process::id(),
+                self.name
+            )));
+        }
         let attached = self.pool.attach(&entry.path, entry.read_only);
         let attached = attached.map_err(|e| lost(one_line(&e)))?;
         attached.set_on_full(entry.on_full);

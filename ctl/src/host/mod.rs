@@ -218,6 +218,11 @@ impl Host {
         let mut pool = self.pool.status();
         let short = self.marks.lock().warning(&pool);
         pool.warnings.extend(short);
+        if self.role == Role::Daemon && !self.device.file().is_writable() {
+            let shown = self.device.file().path().display();
+            let fact = "is on a read-only medium; volumes and snapshots are served for reading";
+            pool.warnings.push(format!("{shown}: {fact}"));
+        }
         let misplaced = self.misplaced();
         pool.warnings.extend(misplaced.clone());
         Status {

@@ -23,6 +23,7 @@ impl Host {
         on_full: OnFull,
     ) -> Result<Reply> {
         self.refuse_second(path)?;
+        self.refuse_write(path, read_only)?;
         let attached = self
             .pool
             .attach(path, read_only || path.snapshot.is_some())?;

@@ -93,6 +93,12 @@ impl Runtime {
         self.file("start")
     }
 
+    /// The file whose lock a daemon holds that may only read its pool. Others may read the pool too, so the pool's own lock
+    /// does not keep a second daemon away.
+    pub(crate) fn reader_lock(&self) -> PathBuf {
+        self.file("reader")
+    }
+
     /// Removes what an idle, cleanly closed pool leaves behind.
     pub(crate) fn clear(&self) -> Result<()> {
         for path in [self.socket(), self.pid(), self.ring(), self.devices()] {

@@ -12,6 +12,7 @@ mod offline;
 mod order;
 mod output;
 mod read_only;
+mod read_only_medium;
 mod registry;
 mod repair;
 mod trust;

@@ -43,6 +43,7 @@ pub struct PoolFile {
     bytes: u64,
     is_direct: bool,
     is_block_device: bool,
+    is_writable: bool,
     sector_bytes: u64,
     /// Whoever changes the file's length, or relies on it for a moment.
     length: Mutex<()>,
@@ -72,6 +73,9 @@ impl PoolFile {
         } else {
             0
         };
+        if is_block_device && access.write {
+            refuse_read_only_device(path)?;
+        }
         let mut waited_ms = 0;
         let (file, below, is_direct) = loop {
             let attempt =
@@ -115,6 +119,7 @@ impl PoolFile {
             path: path.to_owned(),
             is_direct,
             is_block_device,
+            is_writable: access.write,
             length: Mutex::default(),
         })
     }
@@ -156,6 +161,11 @@ impl PoolFile {
         }
         // Kernels that do not tell ask for no more than a sector.
         DIRECT_MEMORY_ALIGNMENT
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
     }
 
     /// Whether it is a block device rather than a file.
@@ -270,6 +280,27 @@ fn open_direct_or_buffered(path: &Path, write: bool, claim: i32) -> io::Result<(
     }
 }
 
+/// Refuses a block device that takes no writes. The kernel lets a process open such a device for writing, and refuses each
+/// write later.
+fn refuse_read_only_device(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let device =
+        File::open(path).map_err(|e| Error::io(e, format!("{shown}: cannot be opened")))?;
+    let mut is_read_only: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int, to which the pointer leads.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKROGET, &raw mut is_read_only) } {
+        0 if is_read_only == 0 => Ok(()),
+        0 => Err(Error::with(
+            ErrorKind::ReadOnly,
+            format!("{shown}: the device is read-only"),
+        )),
+        _ => Err(Error::io(
+            io::Error::last_os_error(),
+            format!("{shown}: whether it is read-only cannot be read"),
+        )),
+    }
+}
+
 /// Refuses a file of which this process may not write all: sooner or later a write of metadata would fail, after which
 /// the pool takes no more writes at all.
 fn refuse_limited(path: &Path, bytes: u64) -> Result<()> {
@@ -332,6 +363,8 @@ fn busy_message(path: &Path, metadata: &std::fs::Metadata, is_block_device: bool
 
 /// `BLKGETSIZE64` of `linux/fs.h`.
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+/// `BLKROGET` of `linux/fs.h`.
+const BLKROGET: libc::c_ulong = 0x125e;
 /// `BLKSSZGET` of `linux/fs.h`.
 const BLKSSZGET: libc::c_ulong = 0x1268;
 /// `BLKDISCARD` of `linux/fs.h`.

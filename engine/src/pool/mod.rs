@@ -59,6 +59,8 @@ pub struct Pool {
     /// Volumes that may lack acknowledged writes: nobody gets to read them.
     withheld: BTreeSet<VolumeId>,
     is_read_only: bool,
+    /// Records that the ring had and the journal had not, when the pool was opened.
+    only_in_ring: u64,
     forbids_overcommit: bool,
     ring: RingPlace,
     ledger: Ledger,
@@ -90,6 +92,12 @@ impl Pool {
     /// Whether nothing of it can be changed.
     pub fn is_read_only(&self) -> bool {
         self.is_read_only
+    }
+
+    /// How many records the ring of a killed process had which the journal had not, when the pool was opened. A pool that is
+    /// open read-only has them in memory alone: they go where the ring goes.
+    pub fn records_only_in_ring(&self) -> u64 {
+        self.only_in_ring
     }
 
     /// Makes everything durable and marks the pool closed. Fails if something is attached.

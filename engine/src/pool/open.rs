@@ -202,6 +202,7 @@ impl Pool {
             warnings,
             withheld,
             is_read_only: options.read_only,
+            only_in_ring: unsaved.only_in_ring.len() as u64,
             forbids_overcommit: superblock.forbids_overcommit,
             ring: options.ring,
             checkpoints: Checkpoints::new(superblock),

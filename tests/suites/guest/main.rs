@@ -16,6 +16,7 @@ mod log_writes;
 mod misplaced;
 mod on_full;
 mod ranges;
+mod read_only_medium;
 mod recovery;
 mod rollback;
 mod snapshots;

@@ -188,12 +188,38 @@ fn forget_unreadable(registry: Registry, name: &Name) -> Result<()> {
 
 /// Closes a pool, and ends its daemon if there is one. Whoever has the lock that is returned has the pool alone.
 fn close(entry: &PoolEntry) -> Result<PoolFile> {
-    change(&entry.name, &Request::Stop)?;
     let access = Access {
         write: true,
         lock_wait_ms: LOCK_WAIT_MS,
     };
-    PoolFile::open(&entry.path, access)
+    let closed = change(&entry.name, &Request::Stop);
+    match closed.and_then(|()| PoolFile::open(&entry.path, access)) {
+        Err(e) if e.kind() == ErrorKind::ReadOnly => close_read_only(entry),
+        closed => closed,
+    }
+}
+
+/// What [`close`] does for a pool on a medium that takes no writes: there is nothing to write back, as long as the journal
+/// has everything that the ring of a killed daemon has.
+fn close_read_only(entry: &PoolEntry) -> Result<PoolFile> {
+    let runtime = Runtime::of(&entry.name)?;
+    let file = Arc::new(open_for_reading(&entry.path)?);
+    let host = client::open(entry, &runtime, file, true, Role::Command)?;
+    // Refused while a device of a killed daemon waits.
+    host.handle(Request::Stop, &mut |_, _| {})?;
+    let lost = host.pool().records_only_in_ring();
+    if lost > 0 {
+        return Err(Error::with(
+            ErrorKind::ReadOnly,
+            format!(
+                "pool {}: {} is on a read-only medium, and {lost} changes that a killed daemon acknowledged are in {} alone; make the medium writable first",
+                entry.name,
+                entry.path.display(),
+                runtime.ring().display()
+            ),
+        ));
+    }
+    open_for_reading(&entry.path)
 }
 
 fn destroy(name: &Name, dry_run: bool) -> Result<()> {

@@ -123,6 +123,35 @@ impl Drop for RingFile {
 
 #[test]
 #[cfg_attr(miri, ignore = "needs a mapped file")]
+fn a_pool_that_is_opened_for_reading_says_how_much_the_ring_alone_has() {
+    let device = Memory::default();
+    make(&device, &["v"]);
+    let file = RingFile::new();
+    let pool = open(&device, file.of_boot(1));
+    let v = pool.attach(&path("v"), false).unwrap();
+    let look = |boot| {
+        let options = OpenOptions {
+            read_only: true,
+            device_blocks: BLOCKS,
+            ring: file.of_boot(boot),
+            clock: Arc::new(ManualClock::default()),
+        };
+        let pool = Arc::new(now(Pool::open(&device, options)).unwrap());
+        let v = pool.attach(&path("v"), true).unwrap();
+        (pool.records_only_in_ring(), read(&device, &v, 1))
+    };
+    write(&device, &v, 1, 1);
+    now(v.flush(&device)).unwrap();
+    assert_eq!(look(1), (0, 1));
+    // The block is in use already; the discard is a record, which no flush covers.
+    now(v.discard(&device, BLOCK_BYTES, BLOCK_BYTES)).unwrap();
+    assert_eq!(look(1), (1, 0));
+    // A ring of another boot is stale.
+    assert_eq!(look(2), (0, 1));
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "needs a mapped file")]
 fn what_only_the_ring_had_survives_a_power_cut_after_opening() {
     let device = Memory::default();
     make(&device, &["v"]);
