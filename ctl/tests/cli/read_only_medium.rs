@@ -2,6 +2,10 @@
 //! is refused with the reason.
 
 #![expect(clippy::expect_used, reason = "they are a test's assertions")]
+#![expect(
+    clippy::print_stdout,
+    reason = "a test that is skipped says so where the test program shows it"
+)]
 
 use crate::kit::{Daemon, Machine, Said, one_line, said};
 use crate::nbd::Serving;
