@@ -46,6 +46,9 @@ pub(crate) enum Command {
         command: PoolCommand,
     },
     /// Create an empty volume
+    ///
+    /// Disk images are mostly made for sectors of 512 bytes. On a volume with sectors of 4096 bytes their partitions are not found, or
+    /// at the wrong place. Create the volume for such an image with --sector-size 512: docs/using-snapshots.md.
     Create(Create),
     /// Set what a volume may take, or when a pool is said to run short of space
     ///
@@ -75,14 +78,21 @@ pub(crate) enum Command {
     Rm(Rm),
     /// Take snapshots; several targets are one point in time
     ///
+    /// A snapshot contains everything that was written to the volume before the command, also what this machine still has in its
+    /// page cache: the command first flushes the file systems that are mounted on the device, on its partitions and on device
+    /// mapper, RAID and loop devices above it, and then these devices. If a flush fails, no snapshot is taken. Clients of `serve-nbd`
+    /// have caches of their own; flush there.
+    ///
+    /// The snapshot of a mounted file system is like a disk after a power cut: the file system replays its journal when a clone is
+    /// mounted. With --freeze, the file system is complete without that. How to mount snapshots and clones: docs/using-snapshots.md.
+    ///
     /// Refused while less than 1/128 of the pool is free to a volume: from then on each overwrite would need new space.
     #[command(alias = "snap")]
-    Snapshot {
-        /// POOL/VOLUME@SNAPSHOT, all in one pool
-        #[arg(required = true, value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
-        targets: Vec<PathTarget>,
-    },
+    Snapshot(Snapshot),
     /// Make a volume that begins as a snapshot is
+    ///
+    /// A file system in a clone has the same UUID as its origin, so an XFS is mounted with `-o nouuid` beside it. LVM and RAID need new
+    /// ids: docs/using-snapshots.md.
     Clone {
         /// POOL/VOLUME@SNAPSHOT
         #[arg(value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
@@ -124,6 +134,9 @@ pub(crate) enum Command {
     /// A clone whose snapshot is gone, and a volume that was rolled back, stand at the left side.
     Tree(Tree),
     /// Serve a volume, or a snapshot read-only, as a block device and print its path
+    ///
+    /// A file system in a snapshot cannot replay its journal. Mount an ext4 with `-o ro,noload`, an XFS with `-o
+    /// ro,norecovery,nouuid`. More, also about clones, LVM and RAID: docs/using-snapshots.md.
     Attach(Attach),
     /// Serve a volume, or a snapshot read-only, over NBD and print its URI
     ///
@@ -137,6 +150,9 @@ pub(crate) enum Command {
     #[command(alias = "ls")]
     List(List),
     /// Print where a volume differs from one of its snapshots: offset, length, data or zero
+    ///
+    /// The volume as it is now includes what this machine still has in its page cache: the command first flushes it, as `snapshot`
+    /// does.
     Diff(Diff),
     /// Print the counters of pools and attached volumes
     Stats(Stats),
@@ -172,6 +188,9 @@ pub(crate) enum Command {
         /// The pool
         pool: Name,
     },
+    /// Flush and freeze for another command
+    #[command(hide = true)]
+    Guard,
     /// Say whether this machine is able to attach volumes, and what to do if it is not
     ///
     /// If nothing is amiss, a small device over a pool in memory is added as `attach` does it, read, and removed.
@@ -352,6 +371,28 @@ pub(crate) struct Resize {
     /// Allow a smaller size; what lies beyond it is lost. Never while attached
     #[arg(long)]
     pub(crate) allow_shrink: bool,
+}
+
+/// Options of `snapshot`.
+#[derive(Debug, Args)]
+pub(crate) struct Snapshot {
+    /// POOL/VOLUME@SNAPSHOT, all in one pool
+    #[arg(required = true, value_name = "POOL/VOLUME@SNAPSHOT", value_parser = snapshot_target)]
+    pub(crate) targets: Vec<PathTarget>,
+    /// Freeze every file system that is mounted on the volumes until the snapshots are taken, for at most SECONDS [default: 10].
+    /// If one cannot be frozen, or if the time is not enough, the command fails. Every file system is thawed in any case
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "10",
+        value_parser = clap::value_parser!(u32).range(1..=3600)
+    )]
+    pub(crate) freeze: Option<u32>,
+    /// Do not flush: writes that are still in this machine's page cache are not in the snapshots
+    #[arg(long, conflicts_with = "freeze")]
+    pub(crate) no_sync: bool,
 }
 
 /// Options of `rm`.
@@ -543,6 +584,9 @@ pub(crate) struct Diff {
     /// The newer side, a snapshot or the volume as it is now
     #[arg(value_name = "POOL/VOLUME[@B]", value_parser = path_target)]
     pub(crate) to: PathTarget,
+    /// Do not flush: writes that are still in this machine's page cache are not seen
+    #[arg(long)]
+    pub(crate) no_sync: bool,
     #[command(flatten)]
     pub(crate) format: Format,
 }

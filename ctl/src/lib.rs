@@ -18,6 +18,7 @@ mod marks;
 mod output;
 mod progress;
 mod protocol;
+mod quiesce;
 mod reference;
 mod retention;
 mod signature;

@@ -93,7 +93,7 @@ fn section(out: &mut String, above: &str, command: &Command) {
     }
 }
 
-/// An argument as it is typed: `-s, --size SIZE`.
+/// An argument as it is typed: `-s, --size SIZE`, or `--freeze[=SECONDS]` where the value may be left out.
 fn spelled(argument: &Arg) -> String {
     let names: Vec<String> = argument
         .get_value_names()
@@ -107,9 +107,16 @@ fn spelled(argument: &Arg) -> String {
     let short = argument.get_short().map(|short| format!("-{short}"));
     let long = argument.get_long().map(|long| format!("--{long}"));
     let mut text = short.into_iter().chain(long).collect::<Vec<_>>().join(", ");
+    let is_optional = argument
+        .get_num_args()
+        .is_some_and(|values| values.min_values() == 0);
     if matches!(argument.get_action(), ArgAction::Set | ArgAction::Append) {
-        text.push(' ');
-        text.push_str(&names.join(" "));
+        let names = names.join(" ");
+        if is_optional {
+            write!(text, "[={names}]").unwrap();
+        } else {
+            write!(text, " {names}").unwrap();
+        }
     }
     text
 }

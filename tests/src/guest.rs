@@ -213,7 +213,13 @@ impl Pool {
         watch
     }
 
-    fn prepared(&self, program: &str) -> Command {
+    /// The folder with the daemon's socket.
+    pub fn runtime(&self) -> PathBuf {
+        self.folder.join("run")
+    }
+
+    /// A program that finds this pool.
+    pub fn prepared(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command
             .stdin(Stdio::null())

@@ -6,6 +6,7 @@ pub mod faults;
 pub mod fixture;
 pub mod fuzz;
 pub mod guest;
+pub mod held_back;
 pub mod image;
 pub mod log_writes;
 pub mod model;

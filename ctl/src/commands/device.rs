@@ -156,7 +156,8 @@ fn forget(mut devices: Devices, selection: &Selection) -> Result<()> {
     Ok(())
 }
 
-fn devices_of(pool: &Name) -> Result<Vec<DeviceRow>> {
+/// The devices of a pool, also those that wait for a daemon.
+pub(super) fn devices_of(pool: &Name) -> Result<Vec<DeviceRow>> {
     if !client::is_served(pool)? {
         let entry = Registry::from_env()?.find(pool)?;
         return Ok(waiting(&entry)?.slots().iter().map(Slot::row).collect());

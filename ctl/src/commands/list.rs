@@ -1,5 +1,6 @@
 //! `list`, `tree` and `diff`: what is in the pools.
 
+use super::device::devices_of;
 use super::{ask, unexpected};
 use crate::cli::{Column, Diff, List, Tree};
 use crate::client;
@@ -7,6 +8,7 @@ use crate::exit_code::{OK, one_line};
 use crate::lineage::Lineage;
 use crate::output::{self, Align, Format, Table};
 use crate::protocol::{Reply, Request, Row};
+use crate::quiesce;
 use crate::state::{BadEntry, Registry};
 use blockfork::clock::{Clock, SystemClock};
 use blockfork::error::{Error, ErrorKind, Result};
@@ -239,7 +241,9 @@ pub(super) fn tree(options: &Tree) -> Result<()> {
 }
 
 pub(super) fn diff(options: &Diff) -> Result<()> {
-    let Diff { from, to, format } = options;
+    let Diff {
+        from, to, format, ..
+    } = options;
     if from.pool != to.pool {
         return Err(Error::with(
             ErrorKind::Invalid,
@@ -248,6 +252,10 @@ pub(super) fn diff(options: &Diff) -> Result<()> {
                 from.pool, from.path, to.pool, to.path
             ),
         ));
+    }
+    if to.path.snapshot.is_none() && !options.no_sync {
+        let volumes = BTreeSet::from([to.path.volume.clone()]);
+        quiesce::Targets::new(&to.pool, volumes, &devices_of(&to.pool)?)?.flush()?;
     }
     let request = Request::Diff {
         from: from.path.clone(),

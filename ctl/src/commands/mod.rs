@@ -21,6 +21,7 @@ use crate::exit_code::OK;
 use crate::output;
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request};
+use crate::quiesce;
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::{Name, VolumePath};
 
@@ -33,7 +34,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::Resize(options) => volume::resize(&options),
         Command::Rename { from, to } => volume::rename(&from, &to),
         Command::Rm(options) => volume::remove(&options),
-        Command::Snapshot { targets } => volume::snapshot(&targets),
+        Command::Snapshot(options) => volume::snapshot(&options),
         Command::Clone { snapshot, volume } => volume::clone(&snapshot, &volume),
         Command::Rollback { snapshot } => volume::rollback(&snapshot),
         Command::Hold(options) => volume::hold(&options),
@@ -53,6 +54,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
             metadata_cache,
         } => daemon::serve(&pool, detached, metadata_cache),
         Command::Watch { pool, json: _ } => watch::watch(&pool),
+        Command::Guard => quiesce::guard(),
         Command::Doctor { format } => return doctor::doctor(format),
         Command::Completions { shell } => shell::completions(shell),
         Command::Man { directory } => shell::man(&directory),

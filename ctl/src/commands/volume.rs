@@ -1,10 +1,12 @@
 //! Volumes and snapshots: create, resize, rename, remove, snapshot, clone, roll back, hold, release.
 
+use super::device::devices_of;
 use super::{ask, change, one_pool, unexpected};
-use crate::cli::{Create, Hold, PathTarget, Redirect, Resize, Rm};
+use crate::cli::{Create, Hold, PathTarget, Redirect, Resize, Rm, Snapshot};
 use crate::output;
 use crate::progress::Bar;
 use crate::protocol::{Reply, Request, Resized};
+use crate::quiesce;
 use crate::size;
 use crate::state::PoolEntry;
 use crate::{client, state};
@@ -117,9 +119,18 @@ pub(super) fn rename(from: &PathTarget, to: &PathTarget) -> Result<()> {
     change(&from.pool, &request)
 }
 
-pub(super) fn snapshot(targets: &[PathTarget]) -> Result<()> {
-    let (pool, targets) = one_pool(targets)?;
-    change(pool, &Request::Snapshot { targets })
+pub(super) fn snapshot(options: &Snapshot) -> Result<()> {
+    let (pool, targets) = one_pool(&options.targets)?;
+    let volumes = targets.iter().map(|path| path.volume.clone()).collect();
+    let take = || change(pool, &Request::Snapshot { targets });
+    if options.no_sync {
+        return take();
+    }
+    let attached = quiesce::Targets::new(pool, volumes, &devices_of(pool)?)?;
+    match options.freeze {
+        None => attached.flush().and_then(|()| take()),
+        Some(seconds) => attached.freeze(seconds, take),
+    }
 }
 
 pub(super) fn clone(snapshot: &PathTarget, volume: &PathTarget) -> Result<()> {
