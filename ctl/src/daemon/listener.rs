@@ -1,6 +1,7 @@
 //! The control socket: who may talk, how much, how long; one thread a connection.
 
 use super::Daemon;
+use super::progress::ProgressLines;
 use crate::exit_code::one_line;
 use crate::protocol::{self, LineLimits, Message, Reply, Request};
 use crate::state::{self, Runtime};
@@ -161,7 +162,7 @@ fn converse(
                 return protocol::write_line(&mut out, &Message::from(&error));
             }
         };
-        match answer(&line, daemon, &mut out)? {
+        match answer(&line, daemon, stream)? {
             // What stays may stay for weeks, so it does not count among those who come with a question.
             Next::Export(path) => {
                 drop(counted);
@@ -254,10 +255,13 @@ fn end_nbd(out: &mut impl Write, daemon: &Daemon, path: &VolumePath) -> io::Resu
 
 /// Answers one request, and ends a daemon that nobody needs after it. What is served from now on, for as long as this
 /// client stays, is returned.
-fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Next> {
+fn answer(line: &[u8], daemon: &Daemon, stream: &UnixStream) -> io::Result<Next> {
+    let mut out = stream;
     let request = match protocol::parse_request(line) {
         Ok(request) => request,
-        Err(e) => return protocol::write_line(out, &Message::from(&e)).map(|()| Next::Request),
+        Err(e) => {
+            return protocol::write_line(&mut out, &Message::from(&e)).map(|()| Next::Request);
+        }
     };
     let is_watch = matches!(request, Request::Watch);
     let mut held = None;
@@ -266,15 +270,12 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Next
     }
     let may_be_last = matches!(request, Request::Stop)
         || (daemon.is_detached && matches!(request, Request::Detach { .. }));
+    let mut lines = ProgressLines::new(stream);
     let message = match daemon.requests.begin() {
         None => Message::Stopping,
         Some(_running) => {
             // A client that went away does not stop what it asked for.
-            let mut progress = |done, total| {
-                if let Err(e) = protocol::write_line(out, &Message::Progress { done, total }) {
-                    debug!("nobody reads the progress: {e}");
-                }
-            };
+            let mut progress = |done, total| lines.tell(done, total);
             match daemon.host.handle(request, &mut progress) {
                 Ok(reply) => Message::Reply(reply),
                 Err(e) => {
@@ -288,7 +289,9 @@ fn answer(line: &[u8], daemon: &Daemon, out: &mut impl Write) -> io::Result<Next
     if !is_done {
         held = None;
     }
-    let written = protocol::write_line(out, &message);
+    let written = lines
+        .end()
+        .and_then(|()| protocol::write_line(&mut out, &message));
     if let (Err(_), Some(path)) = (&written, &held) {
         // The client left before it heard of it.
         end_nbd(&mut io::sink(), daemon, path)?;

@@ -8,6 +8,7 @@ mod listener;
 mod maintenance;
 mod monitor;
 mod process;
+mod progress;
 mod requests;
 
 use crate::client;

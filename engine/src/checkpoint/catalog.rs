@@ -57,7 +57,7 @@ pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)
     // From here on nothing can be missing.
     metadata.catalog.take_dirty_pages();
     for ptr in gone {
-        metadata.space.release(ptr.pba, None);
+        metadata.space.release_page(ptr, None);
     }
     metadata.catalog_places.resize(sizes.len(), Vec::new());
     for (places, size) in metadata.catalog_places.iter_mut().zip(&sizes) {
@@ -71,7 +71,7 @@ pub(super) fn shadow(metadata: &mut Metadata) -> Result<Vec<(PagePtr, PageBytes)
                 generation: metadata.map.generation(),
             };
             if let Some(old) = metadata.catalog_places[level][page].replace(ptr) {
-                metadata.space.release(old.pba, None);
+                metadata.space.release_page(old, None);
             }
             let identity = identity(metadata, level, ptr);
             let bytes = if level == 0 {

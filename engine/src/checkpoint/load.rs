@@ -54,6 +54,16 @@ pub(crate) async fn load_readable<D: Device>(
     device: &D,
     superblock: &Superblock,
 ) -> Result<(Metadata, Losses)> {
+    let (mut metadata, mut losses) = load_index(device, superblock).await?;
+    load_catalog(device, superblock, &mut metadata, &mut losses).await?;
+    Ok((metadata, losses))
+}
+
+/// The first part of [`load_readable`]: the count tree's index, which the next checkpoint but one overwrites.
+pub(crate) async fn load_index<D: Device>(
+    device: &D,
+    superblock: &Superblock,
+) -> Result<(Metadata, Losses)> {
     let mut metadata = Metadata {
         id: superblock.id,
         page_id: superblock.metadata_id,
@@ -64,7 +74,6 @@ pub(crate) async fn load_readable<D: Device>(
     };
     let mut losses = Losses::default();
     load_space(device, superblock, &mut metadata.space, &mut losses).await?;
-    load_catalog(device, superblock, &mut metadata, &mut losses).await?;
     Ok((metadata, losses))
 }
 
@@ -98,7 +107,8 @@ async fn load_space<D: Device>(
     Ok(())
 }
 
-async fn load_catalog<D: Device>(
+/// The second part of [`load_readable`]: the catalog.
+pub(crate) async fn load_catalog<D: Device>(
     device: &D,
     superblock: &Superblock,
     metadata: &mut Metadata,

@@ -13,6 +13,6 @@ mod superblock;
 mod tests;
 mod write;
 
-pub(crate) use load::{Losses, load, load_readable};
+pub(crate) use load::{Losses, load, load_catalog, load_index, load_readable};
 pub(crate) use superblock::{read_superblocks, write_superblocks};
 pub(crate) use write::{Checkpoints, Ending};

@@ -10,7 +10,7 @@ use crate::format::page::{PageBytes, PageIdentity, PageKind, PagePtr};
 use crate::format::superblock::Superblock;
 use crate::journal::{Ledger, State};
 use crate::map::FrozenPage;
-use crate::space::{Fault, FrozenSpace};
+use crate::space::{Fault, FrozenSpace, KeptPages};
 use crate::sync::{AsyncMutex, AsyncMutexGuard, Watermark};
 use crate::units::{BLOCK_BYTES, BLOCK_LEN, Extent, Generation, MetadataId, Pba, Seq};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -79,6 +79,9 @@ pub(crate) enum Ending {
     Yield,
     /// The same, and somebody may wait for the freed blocks: it does not rest.
     Hasten,
+    /// The pool goes on, and somebody reads what the checkpoint names: all of that is kept until
+    /// [`crate::space::SpaceMap::stop_keeping`], whatever checkpoints follow.
+    Keep,
     /// Nothing: the pool is closed.
     Close,
 }
@@ -91,6 +94,7 @@ struct Frozen {
     catalog: Vec<(PagePtr, PageBytes)>,
     space: FrozenSpace,
     pending: Vec<Extent>,
+    kept: Option<KeptPages>,
     catalog_top: Option<PagePtr>,
     catalog_level: u8,
     catalog_slots: u64,
@@ -163,9 +167,25 @@ impl Checkpoints {
         ending: Ending,
         restate: impl FnOnce(&mut Superblock),
     ) -> Result<()> {
-        let current = self.current.lock().await;
-        self.write_next(current, ledger, device, ending, restate)
+        let mut current = self.current.lock().await;
+        self.write_next(&mut current, ledger, device, ending, restate)
             .await
+    }
+
+    /// Writes a checkpoint of everything applied before the call, and keeps what it names. The next one does not begin
+    /// before the caller lets go of this one.
+    pub(crate) async fn write_kept<D: Device>(
+        &self,
+        ledger: &Ledger,
+        device: &D,
+    ) -> Result<AsyncMutexGuard<'_, Current>> {
+        let mut current = self.current.lock().await;
+        let written = self.write_next(&mut current, ledger, device, Ending::Keep, |_| {});
+        if let Err(error) = written.await {
+            ledger.adjust(|metadata| metadata.space.stop_keeping());
+            return Err(error);
+        }
+        Ok(current)
     }
 
     /// Writes a checkpoint, unless somebody has written one since `seen` was the last: many may find the same lack
@@ -176,17 +196,17 @@ impl Checkpoints {
         ledger: &Ledger,
         device: &D,
     ) -> Result<()> {
-        let current = self.current.lock().await;
+        let mut current = self.current.lock().await;
         if current.superblock.generation > seen {
             return Ok(());
         }
-        self.write_next(current, ledger, device, Ending::Hasten, |_| {})
+        self.write_next(&mut current, ledger, device, Ending::Hasten, |_| {})
             .await
     }
 
     async fn write_next<D: Device>(
         &self,
-        mut current: AsyncMutexGuard<'_, Current>,
+        current: &mut Current,
         ledger: &Ledger,
         device: &D,
         ending: Ending,
@@ -194,7 +214,7 @@ impl Checkpoints {
     ) -> Result<()> {
         let started = ledger.clock.monotonic_ns();
         if current.unfinished.is_some() {
-            self.finish(&mut current, ledger, device, Ending::Hasten, |_| {})
+            self.finish(current, ledger, device, Ending::Hasten, |_| {})
                 .await?;
         }
         let closing = ledger.gate.closing().await;
@@ -203,6 +223,9 @@ impl Checkpoints {
         let (frozen, batch) = loop {
             let attempt = ledger.freeze(|state| {
                 let frozen = freeze(state)?;
+                if ending == Ending::Keep {
+                    state.metadata.space.keep(frozen.generation);
+                }
                 closing.flip();
                 Ok((frozen, state.take_pending()))
             });
@@ -229,7 +252,7 @@ impl Checkpoints {
             superblock.is_clean = ending == Ending::Close;
             restate(superblock);
         };
-        self.finish(&mut current, ledger, device, ending, restate)
+        self.finish(current, ledger, device, ending, restate)
             .await?;
         self.last_ns
             .store(ledger.clock.monotonic_ns() - started, Ordering::Relaxed);
@@ -293,6 +316,9 @@ impl Checkpoints {
         // No durable state leads to these slots any more, and the next checkpoint has not begun.
         discard_slots(device, &frozen.space.vacated).await;
         current.hold_ballast(device);
+        if let Some(pages) = unfinished.frozen.kept {
+            ledger.adjust(|metadata| metadata.space.ripen(pages));
+        }
         self.written.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -329,6 +355,7 @@ fn freeze(state: &mut State) -> Result<Frozen, Fault> {
         next_id: metadata.catalog.next_id().0,
         map: metadata.map.freeze(),
         pending: metadata.space.take_pending(),
+        kept: metadata.space.take_kept(),
         space: metadata.space.freeze(generation),
         blocks: metadata.space.blocks(),
     })
@@ -438,7 +465,7 @@ async fn free<D: Device>(ledger: &Ledger, device: &D, pending: &[Extent], ending
             given_back: Vec::new(),
             kept: pending.to_vec(),
         },
-        Ending::GoOn | Ending::Close => discard(device, pending).await,
+        Ending::GoOn | Ending::Keep | Ending::Close => discard(device, pending).await,
     };
     let blocks: u64 = pending.iter().map(|extent| extent.count).sum();
     let pieces_per_rest = 1 + blocks / (FREED_BLOCKS_MAX * RESTS_MAX as u64);

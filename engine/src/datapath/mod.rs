@@ -51,7 +51,11 @@ impl<D: Device> Io<'_, D> {
             let before = self.checkpoints.progress().0;
             match self.ledger.change(self.device, &mut change).await {
                 Err(error) if error.kind() == ErrorKind::OutOfSpace => {
-                    if self.ledger.look(|metadata| metadata.space.pending_blocks()) == 0 {
+                    // What is pending comes first. A reader of an earlier checkpoint gives way after that.
+                    let may_gain = self.ledger.adjust(|metadata| {
+                        metadata.space.pending_blocks() > 0 || metadata.space.stop_keeping()
+                    });
+                    if !may_gain {
                         return Err(error);
                     }
                     self.checkpoints

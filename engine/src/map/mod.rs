@@ -280,7 +280,7 @@ impl MapStore {
             self.pages.remove(&ptr.pba);
             space.note_page_freed();
         }
-        space.release(ptr.pba, Some(seq));
+        space.release_page(ptr, Some(seq));
     }
 
     #[expect(

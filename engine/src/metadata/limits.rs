@@ -122,7 +122,8 @@ impl Metadata {
     /// Refuses a snapshot of a volume without a reserve where hardly anything is free for what is written afterwards.
     /// Blocks that only a checkpoint is missing for are as good as free.
     fn check_redirects(&self, owed: u64, subject: impl Fn() -> String) -> Result<(), Error> {
-        let free = self.space.free_for_data() + self.space.pending_blocks();
+        let pending = self.space.pending_blocks() + self.space.kept_blocks();
+        let free = self.space.free_for_data() + pending;
         let left = free.saturating_sub(owed);
         if left >= self.space.blocks() / SNAPSHOT_FREE_PART {
             return Ok(());

@@ -1,15 +1,16 @@
 //! Checking: every reference is counted and held against the count that the pool keeps.
 //!
-//! What is checked is what stands on disk. A pool open for writing first writes a checkpoint and writes none while it
-//! is read back; one open read-only is checked with its journal replayed in memory, or, where that cannot be done,
+//! What is checked is what stands on disk. A pool open for writing first writes a checkpoint, which is read back while
+//! the pool goes on; one open read-only is checked with its journal replayed in memory, or, where that cannot be done,
 //! without.
 
 use super::Pool;
+use super::as_of::AsOf;
 use super::mend::{Purpose, mend};
 use super::reach::Reach;
 use super::recovery::load_current;
 use super::report::{ByteRange, CheckReport, Unreadable};
-use crate::checkpoint::{Losses, load_readable, read_superblocks};
+use crate::checkpoint::{Losses, load_catalog, load_index, load_readable, read_superblocks};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{Own, Role};
@@ -26,6 +27,9 @@ const DAMAGE_LINES_MAX: usize = 1000;
 const RANGES_MAX: usize = 8;
 /// Of those who reach a page, at most this many are named in its line.
 const NAMES_MAX: usize = 4;
+
+/// How often a check begins anew where writers took what it was to read.
+const ATTEMPTS_MAX: usize = 3;
 
 /// What is wrong with the counts of a region.
 #[derive(Debug, Default)]
@@ -55,45 +59,92 @@ pub(super) struct Findings {
 impl Pool {
     /// Holds every reference against every count. Reads all metadata; the pool may be open read-only. `progress` is
     /// called with how many blocks are accounted for, and of how many.
+    ///
+    /// Of a pool that is open for writing one checkpoint is read, while requests, commands and later checkpoints go on.
     pub async fn check<D: Device>(
         &self,
         device: &D,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<CheckReport> {
-        let _alone = self.control.lock().await;
-        let mut first = Vec::new();
-        if !self.is_read_only
-            && let Err(error) = self.checkpoint(device).await
-        {
-            if error.kind() != ErrorKind::Corrupt {
-                return Err(error);
+        let _alone = self.checking.lock().await;
+        let mut report = if self.is_read_only {
+            self.check_unapplied(device, progress).await?
+        } else {
+            self.check_live(device, progress).await?
+        };
+        report.damage.truncate(DAMAGE_LINES_MAX);
+        Ok(report)
+    }
+
+    /// Checks a checkpoint that is written for it.
+    async fn check_live<D: Device>(
+        &self,
+        device: &D,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CheckReport> {
+        self.check_writable()?;
+        for _ in 0..ATTEMPTS_MAX {
+            let current = match self.checkpoints.write_kept(&self.ledger, device).await {
+                Ok(current) => current,
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    let mut report = self.check_last(device, progress).await?;
+                    let line = format!("no checkpoint can be written: {error}");
+                    report.damage.insert(0, line);
+                    return Ok(report);
+                }
+                Err(error) => return Err(error),
+            };
+            let superblock = current.superblock.clone();
+            let device = AsOf::new(&self.ledger, superblock.generation, device);
+            let (mut metadata, mut losses) = load_index(&device, &superblock).await?;
+            drop(current);
+            load_catalog(&device, &superblock, &mut metadata, &mut losses).await?;
+            let (generation, all) = (superblock.generation, BTreeSet::new());
+            let findings =
+                Findings::of(&device, metadata, losses, generation, &all, progress).await;
+            if device.is_whole() {
+                return Ok(findings.report());
             }
-            first.push(format!("no checkpoint can be written: {error}"));
         }
+        let message = format!(
+            "{}: so little space is free that writers took what the check was to read; remove something, or try again when less is written",
+            self.name
+        );
+        Err(Error::with(ErrorKind::Busy, message))
+    }
+
+    /// Checks the last checkpoint, where none can be written after it.
+    async fn check_last<D: Device>(
+        &self,
+        device: &D,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CheckReport> {
+        let current = self.checkpoints.hold().await;
+        let (metadata, losses) = load_readable(device, &current.superblock).await?;
+        let (generation, all) = (current.superblock.generation, BTreeSet::new());
+        let findings = Findings::of(device, metadata, losses, generation, &all, progress).await;
+        Ok(findings.report())
+    }
+
+    /// Checks a pool that is open read-only, with its journal replayed in memory, or without where that cannot be done.
+    async fn check_unapplied<D: Device>(
+        &self,
+        device: &D,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<CheckReport> {
         let current = self.checkpoints.hold().await;
         let superblock = &current.superblock;
         let (generation, all) = (superblock.generation, BTreeSet::new());
-        let (mut unapplied, mut losses) = (None, Losses::default());
-        let metadata = if self.is_read_only {
-            first.extend(superblock_faults(device, superblock).await?);
-            let (was_clean, warnings) = (superblock.is_clean, &mut Vec::new());
-            match load_current(device, superblock, was_clean, &self.ring, warnings).await {
-                Ok((metadata, _)) => Some(metadata),
-                Err(error) if error.kind() == ErrorKind::Corrupt => {
-                    unapplied = Some(error);
-                    None
-                }
-                Err(error) => return Err(error),
+        let mut first = superblock_faults(device, superblock).await?;
+        let (was_clean, warnings) = (superblock.is_clean, &mut Vec::new());
+        let loaded = load_current(device, superblock, was_clean, &self.ring, warnings).await;
+        let (metadata, losses, unapplied) = match loaded {
+            Ok((metadata, _)) => (metadata, Losses::default(), None),
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let (metadata, losses) = load_readable(device, superblock).await?;
+                (metadata, losses, Some(error))
             }
-        } else {
-            None
-        };
-        let metadata = if let Some(metadata) = metadata {
-            metadata
-        } else {
-            let (metadata, lost) = load_readable(device, superblock).await?;
-            losses = lost;
-            metadata
+            Err(error) => return Err(error),
         };
         let findings = Findings::of(device, metadata, losses, generation, &all, progress).await;
         let mut report = findings.report();
@@ -129,7 +180,6 @@ impl Pool {
         }
         first.append(&mut report.damage);
         report.damage = first;
-        report.damage.truncate(DAMAGE_LINES_MAX);
         Ok(report)
     }
 

@@ -108,7 +108,7 @@ impl Pool {
                 size_bytes: space.blocks() * BLOCK_BYTES,
                 free_bytes: space.free_for_data() * BLOCK_BYTES,
                 used_bytes: space.used_blocks() * BLOCK_BYTES,
-                pending_bytes: space.pending_blocks() * BLOCK_BYTES,
+                pending_bytes: (space.pending_blocks() + space.kept_blocks()) * BLOCK_BYTES,
                 reserve_bytes: space.reserve_blocks() * BLOCK_BYTES,
                 set_aside_bytes: catalog.owed_blocks().saturating_mul(BLOCK_BYTES),
                 overcommit: !self.forbids_overcommit,

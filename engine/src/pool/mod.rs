@@ -3,6 +3,7 @@
 //! A `Pool` is shared by all threads that serve it; each passes the device as it reaches it. Everything that changes
 //! the pool is durable when it returns, but for the I/O of attached volumes, which a flush makes durable.
 
+mod as_of;
 mod attached;
 mod change;
 mod check;
@@ -70,6 +71,8 @@ pub struct Pool {
     changes: Changes,
     /// Commands that change the catalog go one at a time.
     control: AsyncMutex<()>,
+    /// Checks go one at a time, beside everything else.
+    checking: AsyncMutex<()>,
     maintenance: Maintenance,
 }
 

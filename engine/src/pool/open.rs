@@ -210,6 +210,7 @@ impl Pool {
             attached: Mutex::default(),
             changes: super::change::Changes::default(),
             control: AsyncMutex::new(()),
+            checking: AsyncMutex::new(()),
             maintenance: Maintenance::new(options.clock.monotonic_ns()),
         };
         if pool.is_read_only {

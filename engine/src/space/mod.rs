@@ -5,6 +5,7 @@
 //! `release`d; at count 0 it is *pending*: not reusable until a checkpoint that does not name it is durable and every
 //! request that might still use it has ended. Counts are loaded a region at a time, on first use.
 
+mod kept;
 mod leaf;
 mod region;
 mod reserve;
@@ -13,6 +14,7 @@ mod restore;
 mod tests;
 mod trim;
 
+pub(crate) use kept::{KeptCounts, KeptPages};
 pub(crate) use region::FrozenRegion;
 
 use crate::error::{Error, Result};
@@ -86,6 +88,10 @@ pub(crate) struct SpaceMap {
     /// Released to count 0 since the last freeze.
     pending: Vec<Extent>,
     pending_blocks: u64,
+    /// What a reader of an earlier checkpoint still needs of it.
+    kept: Option<kept::Kept>,
+    /// Released pages among that.
+    kept_blocks: u64,
     /// Blocks whose only remaining owner is one for good only when the record is durable that released the other.
     unsettled: FxHashMap<Pba, Seq>,
     unsettled_order: VecDeque<(Seq, Pba)>,
@@ -131,6 +137,8 @@ impl SpaceMap {
             kept_back: 0,
             pending: Vec::new(),
             pending_blocks: 0,
+            kept: None,
+            kept_blocks: 0,
             unsettled: FxHashMap::default(),
             unsettled_order: VecDeque::new(),
             underflows: 0,
@@ -230,9 +238,9 @@ impl SpaceMap {
         self.pending_blocks
     }
 
-    /// Blocks neither free nor pending nor set aside, the fixed ones included.
+    /// Blocks neither free nor released nor set aside, the fixed ones included.
     pub(crate) fn used_blocks(&self) -> u64 {
-        self.blocks - self.available - self.set_aside - self.pending_blocks
+        self.blocks - self.available - self.set_aside - self.pending_blocks - self.kept_blocks
     }
 
     /// What was taken and given up so far.
@@ -348,11 +356,11 @@ impl SpaceMap {
             reason = "callers checked the block with `count` first"
         )]
         let index = usize::try_from(region).expect("a region index fits memory");
-        let found = &mut self.regions[index];
-        if !found.set_dirty() {
+        if !self.regions[index].set_dirty() {
             self.dirty.push(region);
+            self.keep_counts(region);
         }
-        found
+        &mut self.regions[index]
     }
 
     /// One more owner. The block's counts are loaded.
@@ -365,16 +373,27 @@ impl SpaceMap {
     /// durable, whoever is left must not write in place what lies in the block or below the page, because a power cut
     /// would bring the other owner back. None where nothing can be left.
     pub(crate) fn release(&mut self, pba: Pba, seq: Option<Seq>) {
+        if self.drop_owner(pba, seq) {
+            self.add_pending(pba);
+        }
+    }
+
+    fn add_pending(&mut self, pba: Pba) {
+        self.pending_blocks += 1;
+        match self.pending.last_mut() {
+            Some(last) if last.end() == pba => last.count += 1,
+            _ => self.pending.push(Extent::new(pba, 1)),
+        }
+    }
+
+    /// Takes one owner from a block; whether it was the last.
+    fn drop_owner(&mut self, pba: Pba, seq: Option<Seq>) -> bool {
         let (region, offset) = place(pba);
         match self.region_mut(region).subtract(offset) {
             None => self.underflows += 1,
             Some(0) => {
                 self.tally.freed += 1;
-                self.pending_blocks += 1;
-                match self.pending.last_mut() {
-                    Some(last) if last.end() == pba => last.count += 1,
-                    _ => self.pending.push(Extent::new(pba, 1)),
-                }
+                return true;
             }
             Some(1) => {
                 self.tally.left_alone += 1;
@@ -385,6 +404,7 @@ impl SpaceMap {
             }
             Some(_) => {}
         }
+        false
     }
 
     /// Takes the blocks that were released so far; they stay pending until [`SpaceMap::reuse`].

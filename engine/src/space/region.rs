@@ -540,6 +540,13 @@ impl Region {
         best
     }
 
+    /// The counts in memory: the low halves, and the high ones where there are any.
+    pub(crate) fn halves(&self) -> (Option<Arc<Halves>>, Option<Arc<Halves>>) {
+        let loaded = self.loaded.as_ref();
+        let low = loaded.map(|loaded| Arc::clone(&loaded.low));
+        (low, loaded.and_then(|loaded| loaded.high.clone()))
+    }
+
     /// Hands the counts to a checkpoint; later changes go to a copy.
     pub(crate) fn freeze(&mut self, region: u64, generation: Generation) -> FrozenRegion {
         let slot = self.place.map_or(Slot::A, |(slot, _)| slot.other());

@@ -65,7 +65,7 @@ impl SpaceMap {
 
     /// Refuses where fewer than `count` blocks are left for metadata.
     pub(crate) fn require(&self, count: u64) -> Result<(), Fault> {
-        if self.available + self.set_aside < count {
+        if self.available + self.set_aside + self.ripe_blocks() < count {
             let message = "no space left in the pool, not even in the reserve; remove something";
             return Err(Error::with(ErrorKind::OutOfSpace, message).into());
         }
@@ -75,6 +75,12 @@ impl SpaceMap {
     /// The same for a checkpoint's own pages, which may take what was kept back for them.
     pub(crate) fn set_aside_last(&mut self, count: u64) -> Result<(), Fault> {
         self.require(count)?;
+        if self.available + self.set_aside < count {
+            let ripe = self.take_ripe();
+            self.set_aside += ripe.len() as u64;
+            let extents = ripe.into_iter().map(|pba| Extent::new(pba, 1));
+            self.metadata.extend(extents);
+        }
         while self.set_aside < count {
             let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
             let want = METADATA_RUN.min(self.available);
