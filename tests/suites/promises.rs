@@ -426,3 +426,42 @@ fn what_a_shrink_cut_off_is_gone_once_the_size_is_durable() {
         );
     }
 }
+
+#[test]
+fn a_removal_of_many_is_whole_whenever_the_power_goes() {
+    let count = 1500;
+    let mut outcomes = [0, 0];
+    for (calls, seed) in (0..16).flat_map(|calls| (0..4).map(move |seed| (calls, seed))) {
+        let (device, pool) = pool(4096);
+        drop(volume(&device, &pool, "a", 8));
+        drop(volume(&device, &pool, "b", 8));
+        for first in (0..count).step_by(250) {
+            // Numbers that do not follow each other, so that the removal takes several records.
+            let name = |number| [format!("a@{number}"), format!("b@{number}")];
+            let targets: Vec<_> = (first..first + 125)
+                .flat_map(name)
+                .map(|text| path(&text))
+                .collect();
+            block_on(pool.snapshot(&device, &targets)).unwrap();
+        }
+        device.fail_after(calls);
+        let is_done = block_on(pool.remove(&device, &[path("a")], true, false)).is_ok();
+        drop(pool);
+        let loss = if seed == 0 { Loss::All } else { Loss::Some };
+        device.restart(loss, &mut Rng::with_seed(seed));
+        let pool = open(&device).unwrap();
+        let left = pool.status().snapshots;
+        let is_gone = pool.attach(&path("a"), false).is_err();
+        let expected = if is_gone { 1 } else { 2 };
+        assert_eq!(
+            left,
+            count / 2 * expected,
+            "after {calls} calls, seed {seed}"
+        );
+        assert!(is_gone || !is_done, "after {calls} calls, seed {seed}");
+        outcomes[usize::from(is_gone)] += 1;
+        let report = block_on(pool.check(&device, &mut |_, _| {})).unwrap();
+        assert_eq!((report.damage, report.leaked_blocks), (Vec::new(), 0));
+    }
+    assert!(outcomes.iter().all(|count| *count > 0), "{outcomes:?}");
+}

@@ -135,12 +135,12 @@ impl World {
     fn does(&self, record: &Record) {
         let change = self
             .ledger
-            .change(&self.device, |draft| draft.apply(record));
-        now(change).unwrap();
+            .change(&self.device, 0, |draft| draft.apply(record));
+        now(change).unwrap().unwrap();
     }
 
     fn map(&self, lba: u64, goal: u64, count: u64) -> Extent {
-        let map = self.ledger.change(&self.device, |draft| {
+        let map = self.ledger.change(&self.device, 0, |draft| {
             let extent = draft.metadata().space.reserve(Pba(goal), count)?;
             draft.apply(&Record::Map {
                 volume: VolumeId(1),
@@ -150,7 +150,7 @@ impl World {
             })?;
             Ok(extent)
         });
-        now(map).unwrap()
+        now(map).unwrap().unwrap()
     }
 
     fn checkpoint(&self) {
@@ -430,7 +430,7 @@ fn a_catalog_of_three_levels_is_read_back_and_shrinks_again() {
         });
         let reclaim = world
             .ledger
-            .change(&world.device, |draft| draft.reclaim(VolumeId(number)));
+            .adjust_reading(&world.device, |draft| draft.reclaim(VolumeId(number)));
         now(reclaim).unwrap();
         if number % 500 == 0 {
             world.checkpoint();

@@ -44,12 +44,11 @@ impl<D: Device> Io<'_, D> {
         &self,
         mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
     ) -> Result<T> {
-        if self.ledger.is_backlogged() {
-            flush(self.ledger, self.checkpoints, self.device).await?;
-        }
         loop {
             let before = self.checkpoints.progress().0;
-            match self.ledger.change(self.device, &mut change).await {
+            match self.ledger.change(self.device, 0, &mut change).await {
+                Ok(Some(value)) => return Ok(value),
+                Ok(None) => flush(self.ledger, self.checkpoints, self.device).await?,
                 Err(error) if error.kind() == ErrorKind::OutOfSpace => {
                     // What is pending comes first. A reader of an earlier checkpoint gives way after that.
                     let may_gain = self.ledger.adjust(|metadata| {
@@ -62,7 +61,7 @@ impl<D: Device> Io<'_, D> {
                         .write_after(before, self.ledger, self.device)
                         .await?;
                 }
-                other => return other,
+                Err(error) => return Err(error),
             }
         }
     }

@@ -233,6 +233,9 @@ mod tests {
                 reclaim: c,
             },
             Record::Remove { id: a },
+            Record::RemoveAll {
+                ids: vec![a, VolumeId(a.0 + 1), VolumeId(a.0 + 200), VolumeId(1 << 61)],
+            },
             Record::Rename {
                 id: a,
                 name: name.clone(),

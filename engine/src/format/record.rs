@@ -12,8 +12,11 @@ use crate::limits::{
 use crate::name::Name;
 use crate::units::{BLOCK_BYTES, Lba, Pba, Timestamp, VolumeId};
 
-/// The most bytes of an encoded record.
-pub(crate) const RECORD_BYTES_MAX: usize = 64 + NAME_BYTES_MAX;
+/// The most bytes of an encoded record: few enough that a journal block is never left much emptier than it could be.
+pub(crate) const RECORD_BYTES_MAX: usize = 500;
+/// The most bytes of one that is no [`Record::RemoveAll`].
+const FIELDS_BYTES_MAX: usize = 64 + NAME_BYTES_MAX;
+const _: () = assert!(FIELDS_BYTES_MAX <= RECORD_BYTES_MAX);
 
 /// What a volume can be told besides its name and its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +74,8 @@ pub(crate) enum Record {
     },
     /// A volume or snapshot goes; its tree is reclaimed.
     Remove { id: VolumeId },
+    /// The same of several, whose numbers ascend.
+    RemoveAll { ids: Vec<VolumeId> },
     /// A volume or snapshot gets another name.
     Rename { id: VolumeId, name: Name },
     /// The pool has so many blocks from here on.
@@ -94,6 +99,35 @@ pub(crate) enum Record {
     },
 }
 
+/// The distance between two numbers, seven bits a byte, the low ones first; the highest bit says that another byte follows.
+fn gap_bytes(mut gap: u64) -> impl ExactSizeIterator<Item = u8> {
+    let mut bytes = [0; 10];
+    let mut count = 0;
+    for byte in &mut bytes {
+        count += 1;
+        *byte = (gap & 0x7f) as u8;
+        gap >>= 7;
+        if gap == 0 {
+            break;
+        }
+        *byte |= 0x80;
+    }
+    bytes.into_iter().take(count)
+}
+
+/// Reads a distance; none where it is zero, too large, or longer than it need be.
+fn gap(reader: &mut Reader<'_>) -> Result<Option<u64>> {
+    let mut gap = 0;
+    for shift in (0..63).step_by(7) {
+        let byte = reader.u8()?;
+        gap |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok((byte > 0).then_some(gap));
+        }
+    }
+    Ok(None)
+}
+
 fn is_id(id: VolumeId) -> bool {
     id.0 > 0 && id.0 >> 62 == 0
 }
@@ -111,6 +145,7 @@ impl Record {
             | Self::Clone { .. }
             | Self::Rollback { .. }
             | Self::Remove { .. }
+            | Self::RemoveAll { .. }
             | Self::Rename { .. }
             | Self::Hold { .. }
             | Self::Release { .. }
@@ -134,13 +169,37 @@ impl Record {
             Self::Hold { .. } => 11,
             Self::Release { .. } => 12,
             Self::SetProperty { .. } => 13,
+            Self::RemoveAll { .. } => 14,
         }
+    }
+
+    /// The records that remove these, in this order but for numbers that could ascend and do not.
+    pub(crate) fn removals(ids: &[VolumeId]) -> Vec<Self> {
+        let mut records = Vec::new();
+        let mut rest = ids;
+        while let Some((first, others)) = rest.split_first() {
+            let (mut last, mut bytes, mut count) = (*first, 11, 1);
+            for id in others {
+                bytes += gap_bytes(id.0.saturating_sub(last.0)).len();
+                if *id <= last || bytes > RECORD_BYTES_MAX {
+                    break;
+                }
+                (last, count) = (*id, count + 1);
+            }
+            let (some, later) = rest.split_at(count);
+            records.push(match some {
+                [id] => Self::Remove { id: *id },
+                _ => Self::RemoveAll { ids: some.to_vec() },
+            });
+            rest = later;
+        }
+        records
     }
 
     /// Appends the encoded record.
     #[expect(clippy::too_many_lines, reason = "an arm for each kind of record")]
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
-        let mut bytes = [0; RECORD_BYTES_MAX];
+        let mut bytes = [0; FIELDS_BYTES_MAX];
         let mut writer = Writer::new(&mut bytes);
         let mut trailer: &str = "";
         writer.u8(self.kind());
@@ -217,6 +276,18 @@ impl Record {
                 writer.u64(id.0);
                 9
             }
+            Self::RemoveAll { ids } => {
+                out.push(self.kind());
+                let mut last = ids.first().map_or(0, |first| first.0);
+                out.extend(last.to_le_bytes());
+                let others = u16::try_from(ids.len().saturating_sub(1)).unwrap_or(u16::MAX);
+                out.extend(others.to_le_bytes());
+                for id in ids.iter().skip(1) {
+                    out.extend(gap_bytes(id.0.saturating_sub(last)));
+                    last = id.0;
+                }
+                return;
+            }
             Self::Rename { id, name } => {
                 writer.u64(id.0);
                 trailer = name.as_str();
@@ -258,6 +329,7 @@ impl Record {
             | Self::Remove { id }
             | Self::Rename { id, .. }
             | Self::Release { id } => is_id(*id),
+            Self::RemoveAll { ids } => ids.iter().all(|id| is_id(*id)),
             Self::Create {
                 id,
                 bytes,
@@ -390,6 +462,16 @@ impl Record {
                 },
                 value: reader.u64()?,
             },
+            14 => {
+                let mut last = reader.u64()?;
+                let mut ids = vec![VolumeId(last)];
+                for _ in 0..reader.u16()? {
+                    let next = gap(&mut reader)?.and_then(|gap| last.checked_add(gap));
+                    last = next.ok_or_else(|| damaged("numbers that do not ascend"))?;
+                    ids.push(VolumeId(last));
+                }
+                Self::RemoveAll { ids }
+            }
             _ => return Err(damaged("an unknown kind")),
         };
         if !record.is_plausible() {

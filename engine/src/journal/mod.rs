@@ -15,7 +15,7 @@ pub(crate) mod tests;
 pub(crate) use commit::{Committed, Tail};
 pub(crate) use gate::{Gate, Ticket};
 pub(crate) use replay::{drop_cut_change, read_journal};
-pub(crate) use ring::{Ring, RingOwner, RingRecords};
+pub(crate) use ring::{CHANGE_BYTES_MAX, Ring, RingOwner, RingRecords};
 
 use crate::clock::Clock;
 use crate::device::{BlockBuf, Device};
@@ -74,12 +74,29 @@ impl State {
         self.pending.len() >= JOURNAL_PENDING_BYTES_MAX
             || self.ring.as_ref().is_some_and(Ring::is_nearly_full)
     }
+
+    /// Whether a change may append so many bytes, or as many as half of the ring if those are less.
+    fn has_room(&self, bytes: usize) -> bool {
+        let ring = self.ring.as_ref();
+        !self.is_backlogged() && ring.is_none_or(|ring| ring.has_room(bytes))
+    }
+}
+
+/// The bytes that these records take of the ring.
+pub(crate) fn ring_bytes(records: &[Record]) -> usize {
+    let mut framed = Vec::new();
+    for record in records {
+        encode_framed(record, true, &mut framed);
+    }
+    framed.len() + records.len() * ring::FRAME_BYTES
 }
 
 /// A change being made: the metadata, and the records of what was done to it.
 #[derive(Debug)]
 pub(crate) struct Draft<'a> {
     state: &'a mut State,
+    /// There is room for records.
+    may_append: bool,
 }
 
 impl Draft<'_> {
@@ -122,6 +139,7 @@ impl Draft<'_> {
         prepared: Prepared,
         continues: bool,
     ) -> Result<()> {
+        assert!(self.may_append, "room was made sure of before a record");
         let seq = self.state.next_seq;
         self.state.metadata.apply(record, prepared, seq)?;
         let at = self.state.pending.len();
@@ -249,18 +267,53 @@ impl Ledger {
         }
     }
 
-    /// Changes the metadata by records, reading what is missing from `device`.
+    /// Changes the metadata by records that take at most `bytes` of the ring, or half of it, reading what is missing from
+    /// `device`. None where they have to wait for a commit: then nothing was changed. This is asked under the lock of the
+    /// change, because many may wait for the same page and then append at once.
     pub(crate) async fn change<D: Device, T>(
         &self,
         device: &D,
-        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+        bytes: usize,
+        change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<Option<T>> {
+        self.change_if(device, |state| state.has_room(bytes), true, change)
+            .await
+    }
+
+    /// Changes what is not in the journal, reading what is missing from `device`.
+    pub(crate) async fn adjust_reading<D: Device, T>(
+        &self,
+        device: &D,
+        mut adjust: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
     ) -> Result<T> {
+        loop {
+            let done = self.change_if(device, |_| true, false, &mut adjust).await?;
+            if let Some(value) = done {
+                return Ok(value);
+            }
+        }
+    }
+
+    async fn change_if<D: Device, T>(
+        &self,
+        device: &D,
+        may_change: impl Fn(&State) -> bool,
+        may_append: bool,
+        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<Option<T>> {
         loop {
             self.check_poison()?;
             let (fault, ticket) = {
                 let mut state = self.state.write();
-                match change(&mut Draft { state: &mut state }) {
-                    Ok(value) => return Ok(value),
+                if !may_change(&state) {
+                    return Ok(None);
+                }
+                let mut draft = Draft {
+                    state: &mut state,
+                    may_append,
+                };
+                match change(&mut draft) {
+                    Ok(value) => return Ok(Some(value)),
                     Err(fault) => (fault, self.gate.enter()),
                 }
             };
@@ -282,10 +335,15 @@ impl Ledger {
         if state.is_backlogged() {
             return None;
         }
-        change(&mut Draft { state: &mut state }).ok()
+        let mut draft = Draft {
+            state: &mut state,
+            may_append: true,
+        };
+        change(&mut draft).ok()
     }
 
     /// Whether writers must wait for a commit before they append more.
+    #[cfg(test)]
     pub(crate) fn is_backlogged(&self) -> bool {
         self.state.read().is_backlogged()
     }

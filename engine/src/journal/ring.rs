@@ -22,8 +22,10 @@ use std::path::Path;
 const MAGIC: [u8; 8] = *b"BFring1\0";
 const HEADER_BYTES: usize = 4096;
 const DATA_BYTES: usize = 16 << 20;
+/// The most that one change may take of it.
+pub(crate) const CHANGE_BYTES_MAX: usize = DATA_BYTES - (1 << 20);
 /// Before a record: its CRC, its length, its number.
-const FRAME_BYTES: usize = 16;
+pub(super) const FRAME_BYTES: usize = 16;
 const START_AT: std::ops::Range<usize> = 64..72;
 
 /// Which opening of which pool a ring belongs to.
@@ -73,9 +75,15 @@ fn header_of(owner: RingOwner) -> [u8; 64] {
 impl Ring {
     /// Makes an empty ring at `path` in place of whatever is there. The old one stays until the new one is whole.
     pub(crate) fn create(path: &Path, owner: RingOwner) -> Result<Self> {
+        Self::create_sized(path, owner, DATA_BYTES)
+    }
+
+    /// The same with so many bytes for records.
+    pub(crate) fn create_sized(path: &Path, owner: RingOwner, data_bytes: usize) -> Result<Self> {
         let header = header_of(owner);
+        let write_to = |map: &mut [u8]| map[..header.len()].copy_from_slice(&header);
         Ok(Self {
-            map: make(path, |map| map[..header.len()].copy_from_slice(&header))?,
+            map: make(path, HEADER_BYTES + data_bytes, write_to)?,
             appended: 0,
             trimmed: 0,
             ends: VecDeque::new(),
@@ -85,7 +93,7 @@ impl Ring {
     /// Makes the ring's file at `path` anew, with all that the ring holds, and goes on in it: somebody removed the file, and
     /// what is mapped would go with this process.
     pub(crate) fn put_back(&mut self, path: &Path) -> Result<()> {
-        self.map = make(path, |map| map.copy_from_slice(&self.map))?;
+        self.map = make(path, self.map.len(), |map| map.copy_from_slice(&self.map))?;
         Ok(())
     }
 
@@ -112,7 +120,7 @@ impl Ring {
         records_in(&bytes, owner)
     }
 
-    /// Appends a framed record. [`Ring::is_nearly_full`] made callers wait before it could overflow.
+    /// Appends a framed record. [`Ring::has_room`] made callers wait before it could overflow.
     pub(crate) fn append(&mut self, seq: Seq, record: &[u8]) {
         let mut frame = [0; FRAME_BYTES];
         let mut writer = Writer::new(&mut frame);
@@ -121,7 +129,7 @@ impl Ring {
         writer.u64(seq.0);
         let end = self.appended + (FRAME_BYTES + record.len()) as u64;
         assert!(
-            end - self.trimmed <= DATA_BYTES as u64,
+            end - self.trimmed <= self.data_bytes(),
             "the shared ring overflowed"
         );
         let data = &mut self.map[HEADER_BYTES..];
@@ -146,12 +154,22 @@ impl Ring {
 
     /// Whether less than half is free: writers wait for a commit.
     pub(crate) fn is_nearly_full(&self) -> bool {
-        self.appended - self.trimmed > DATA_BYTES as u64 / 2
+        self.appended - self.trimmed > self.data_bytes() / 2
+    }
+
+    /// Whether a change that takes so many bytes, or, if it takes less, half of the ring, surely fits.
+    pub(crate) fn has_room(&self, bytes: usize) -> bool {
+        let used = self.appended - self.trimmed;
+        !self.is_nearly_full() && used + bytes as u64 <= self.data_bytes()
+    }
+
+    fn data_bytes(&self) -> u64 {
+        (self.map.len() - HEADER_BYTES) as u64
     }
 }
 
 /// Makes a ring's file, filled before it has its name.
-fn make(path: &Path, write_to: impl FnOnce(&mut [u8])) -> Result<MmapMut> {
+fn make(path: &Path, bytes: usize, write_to: impl FnOnce(&mut [u8])) -> Result<MmapMut> {
     let failed = |e| {
         Error::io(
             e,
@@ -171,7 +189,7 @@ fn make(path: &Path, write_to: impl FnOnce(&mut [u8])) -> Result<MmapMut> {
         .open(&fresh)
         .map_err(failed)?;
     // All of it is allocated now: a store to a page that a full tmpfs cannot give would kill the process.
-    allocate(&file, HEADER_BYTES + DATA_BYTES).map_err(failed)?;
+    allocate(&file, bytes).map_err(failed)?;
     // SAFETY: the file is new, ours alone by its mode and by the pool's lock, and never truncated.
     let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(failed)?;
     write_to(&mut map);

@@ -92,7 +92,7 @@ pub(crate) fn create(number: u64) -> Record {
 }
 
 fn apply(ledger: &Ledger, device: &Memory, record: &Record) -> Result<()> {
-    now(ledger.change(device, |draft| draft.apply(record)))
+    now(ledger.change(device, 0, |draft| draft.apply(record))).map(|applied| applied.expect("room"))
 }
 
 /// Gives block 9 of volume 1 a block.
@@ -254,7 +254,7 @@ fn what_names_data_follows_it_to_the_device() {
     apply(&ledger, &device, &create(1)).unwrap();
     now(ledger.commit(&device)).unwrap();
     device.take_calls();
-    now(ledger.change(&device, map_a_block)).unwrap();
+    now(ledger.change(&device, 0, map_a_block)).unwrap();
     // What comes behind it in the same commit waits too.
     assert_eq!(
         commit_one(&ledger, &device, 2),
@@ -385,10 +385,10 @@ fn writers_wait_once_too_much_waits_for_a_commit() {
 fn records_that_belong_together_are_all_prepared_before_one_is_applied() {
     let (device, ledger) = (Memory::default(), ledger(0));
     let both = [create(1), create(2)];
-    now(ledger.change(&device, |draft| draft.apply_all(&both))).unwrap();
+    now(ledger.change(&device, 0, |draft| draft.apply_all(&both))).unwrap();
     // The second of these cannot be, so the first is not either.
     let clash = [create(3), create(1)];
-    let refused = now(ledger.change(&device, |draft| draft.apply_all(&clash)));
+    let refused = now(ledger.change(&device, 0, |draft| draft.apply_all(&clash)));
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(ledger.look(|metadata| metadata.catalog.volume_count()), 2);
     now(ledger.commit(&device)).unwrap();
@@ -521,7 +521,7 @@ fn a_journal_that_cannot_be_read_is_an_error() {
 fn on_device(device: &Memory) -> (Ledger, crate::format::catalog::Root) {
     let ledger = ledger(0);
     apply(&ledger, device, &create(1)).unwrap();
-    now(ledger.change(device, map_a_block)).unwrap();
+    now(ledger.change(device, 0, map_a_block)).unwrap();
     let root = ledger.look(|metadata| metadata.catalog.get(VolumeId(1)).unwrap().entry.root);
     let frozen = ledger.adjust(|metadata| metadata.map.freeze());
     for page in frozen {

@@ -59,6 +59,7 @@ impl Metadata {
             | Record::Clone { .. }
             | Record::Rollback { .. }
             | Record::Remove { .. }
+            | Record::RemoveAll { .. }
             | Record::Rename { .. }
             | Record::Grow { .. }
             | Record::Resize { .. }

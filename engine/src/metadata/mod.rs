@@ -122,6 +122,7 @@ impl Metadata {
                 self.prepare_fork(root)?;
             }
             Record::Remove { id } => self.removable(*id)?,
+            Record::RemoveAll { ids } => ids.iter().try_for_each(|id| self.removable(*id))?,
             Record::Rename { id, name } => {
                 let role = self.renamed(*id, name)?;
                 self.catalog.check_name(&role)?;
@@ -303,11 +304,8 @@ impl Metadata {
             } => {
                 self.roll_back(*volume, *snapshot, *reclaim, seq)?;
             }
-            Record::Remove { id } => {
-                self.catalog.leaves(*id);
-                self.catalog
-                    .set_role(*id, Role::Reclaiming { cursor: Lba(0) }, seq);
-            }
+            Record::Remove { id } => self.remove(*id, seq),
+            Record::RemoveAll { ids } => ids.iter().for_each(|id| self.remove(*id, seq)),
             Record::Rename { id, name } => {
                 let role = self.renamed(*id, name)?;
                 self.catalog.set_role(*id, role, seq);
@@ -329,6 +327,12 @@ impl Metadata {
         }
         self.refresh_owed(record);
         Ok(())
+    }
+
+    fn remove(&mut self, id: VolumeId, seq: Seq) {
+        self.catalog.leaves(id);
+        self.catalog
+            .set_role(id, Role::Reclaiming { cursor: Lba(0) }, seq);
     }
 
     fn apply_to_holds(&mut self, record: &Record, seq: Seq) {

@@ -9,6 +9,7 @@ use super::pace::{Load, Watch, rest_ns};
 use crate::checkpoint::Ending;
 use crate::device::Device;
 use crate::error::Result;
+use crate::journal::Draft;
 use crate::limits::METADATA_CACHE_BYTES_MIN;
 use crate::metadata::Metadata;
 use crate::sync::{Mutex, Signal};
@@ -182,7 +183,7 @@ impl Pool {
         else {
             return false;
         };
-        let taken = self.ledger.change(device, |draft| {
+        let taken = self.ledger.adjust_reading(device, |draft| {
             let space = &mut draft.metadata().space;
             space.begin_trim(region, TRIM_RUNS)
         });
@@ -274,7 +275,8 @@ impl Pool {
             let Some(id) = next else {
                 return false;
             };
-            match self.ledger.change(device, |draft| draft.reclaim(id)).await {
+            let reclaim = |draft: &mut Draft<'_>| draft.reclaim(id);
+            match self.ledger.adjust_reading(device, reclaim).await {
                 Ok(step) => {
                     let work = &self.maintenance;
                     work.reclaimed.fetch_add(step.released, Ordering::Relaxed);

@@ -223,10 +223,24 @@ impl Pool {
         device: &D,
         change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
     ) -> Result<T> {
+        self.change_much(device, 0, change).await
+    }
+
+    /// The same where the records may take `bytes` of the ring.
+    async fn change_much<D: Device, T>(
+        &self,
+        device: &D,
+        bytes: usize,
+        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<T> {
         self.check_writable()?;
-        let value = self.ledger.change(device, change).await?;
-        self.flush(device).await?;
-        Ok(value)
+        loop {
+            let changed = self.ledger.change(device, bytes, &mut change).await?;
+            self.flush(device).await?;
+            if let Some(value) = changed {
+                return Ok(value);
+            }
+        }
     }
 
     fn path_of(&self, id: VolumeId) -> Result<crate::name::VolumePath> {

@@ -7,9 +7,11 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::Root;
 use crate::format::record::Record;
+use crate::journal::Draft;
 use crate::limits::SNAPSHOT_GROUP_MAX;
 use crate::metadata::{Metadata, blocks_of};
 use crate::name::{Name, VolumePath};
+use crate::space::Fault;
 use crate::units::{BLOCK_BYTES, Lba, VolumeId};
 use std::collections::BTreeSet;
 
@@ -46,10 +48,8 @@ impl Pool {
         let _alone = self.turn(origins).await;
         self.check_writable()?;
         let created = self.ledger.clock.now();
-        let closing = self.ledger.gate.closing().await;
         let (volumes, pause_ns) = self
-            .ledger
-            .change(device, |draft| {
+            .change_epoch(device, |draft| {
                 let began = self.ledger.clock.monotonic_ns();
                 let catalog = &draft.metadata().catalog;
                 let first = catalog.next_id().0;
@@ -67,12 +67,9 @@ impl Pool {
                 }
                 draft.metadata().check_snapshots(&volumes)?;
                 draft.apply_all(&records)?;
-                closing.flip();
                 Ok((volumes, self.ledger.clock.monotonic_ns() - began))
             })
             .await?;
-        closing.drained().await;
-        self.flush(device).await?;
         let attached = self.attached.lock();
         for volume in volumes {
             if let Some(volume) = attached.get(&volume) {
@@ -123,10 +120,8 @@ impl Pool {
             self.check_commit(&origin.volume, self.bytes_of(snapshot)?)?;
         }
         let _change = Change::announce(self, vec![volume]);
-        let closing = self.ledger.gate.closing().await;
         let (volume, bytes) = self
-            .ledger
-            .change(device, |draft| {
+            .change_epoch(device, |draft| {
                 let catalog = &draft.metadata().catalog;
                 let target = &catalog.find(snapshot)?.entry;
                 let (snapshot, bytes) = (target.id, target.bytes);
@@ -137,17 +132,39 @@ impl Pool {
                     snapshot,
                     reclaim,
                 })?;
-                closing.flip();
                 Ok((volume, bytes))
             })
             .await?;
-        closing.drained().await;
-        self.flush(device).await?;
         if let Some(attached) = self.attached.lock().get(&volume) {
             attached.bytes.set(bytes);
         }
         self.maintenance.want();
         Ok(())
+    }
+
+    /// Changes the catalog and opens a new epoch, in one moment. Makes that durable once requests of the old epoch have
+    /// ended.
+    async fn change_epoch<D: Device, T>(
+        &self,
+        device: &D,
+        mut change: impl FnMut(&mut Draft<'_>) -> Result<T, Fault>,
+    ) -> Result<T> {
+        loop {
+            let closing = self.ledger.gate.closing().await;
+            let change = |draft: &mut Draft<'_>| {
+                let value = change(draft)?;
+                closing.flip();
+                Ok(value)
+            };
+            if let Some(value) = self.ledger.change(device, 0, change).await? {
+                closing.drained().await;
+                self.flush(device).await?;
+                return Ok(value);
+            }
+            // A flush may need a checkpoint, which closes an epoch itself.
+            drop(closing);
+            self.flush(device).await?;
+        }
     }
 
     /// The size of a volume or snapshot.

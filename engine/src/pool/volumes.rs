@@ -11,6 +11,7 @@ use crate::format::catalog::{CatalogEntry, Role};
 use crate::format::map_page::Node;
 use crate::format::page::PagePtr;
 use crate::format::record::Record;
+use crate::journal::{CHANGE_BYTES_MAX, ring_bytes};
 use crate::limits::VOLUME_BYTES_MAX;
 use crate::metadata::{Metadata, blocks_of};
 use crate::name::{Name, VolumePath};
@@ -44,6 +45,21 @@ fn check_size(name: &str, bytes: u64, sector_bytes: u32) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// The records that remove these, snapshots first.
+fn removals(metadata: &Metadata, ids: &[VolumeId]) -> Vec<Record> {
+    let is_volume = |id: &VolumeId| {
+        let role = metadata.catalog.get(*id).map(|found| &found.entry.role);
+        matches!(role, Ok(Role::Volume { .. }))
+    };
+    let (mut volumes, mut snapshots): (Vec<VolumeId>, Vec<VolumeId>) =
+        ids.iter().partition(|id| is_volume(id));
+    volumes.sort_unstable();
+    snapshots.sort_unstable();
+    let mut records = Record::removals(&snapshots);
+    records.extend(Record::removals(&volumes));
+    records
 }
 
 impl Pool {
@@ -225,9 +241,19 @@ impl Pool {
         // Again, now that nobody attaches any of it.
         let ids = self.removable(targets, recursive)?;
         let removal = removal(ids, None)?;
-        let records = removal.ids.iter().map(|id| Record::Remove { id: *id });
-        let records: Vec<Record> = records.collect();
-        self.change(device, |draft| draft.apply_all(&records))
+        let records = self
+            .ledger
+            .look(|metadata| removals(metadata, &removal.ids));
+        let bytes = ring_bytes(&records);
+        if bytes > CHANGE_BYTES_MAX {
+            let message = format!(
+                "{}: {} volumes and snapshots are too many to be removed at once; remove some of them first",
+                self.name,
+                removal.ids.len()
+            );
+            return Err(Error::with(ErrorKind::Invalid, message));
+        }
+        self.change_much(device, bytes, |draft| draft.apply_all(&records))
             .await?;
         self.maintenance.want();
         Ok(removal)

@@ -212,6 +212,14 @@ async fn apply_readable<D: Device>(
     seq: Seq,
     unapplied: &mut Unapplied,
 ) {
+    if let Record::RemoveAll { ids } = record {
+        // What can be removed is.
+        for id in ids {
+            let one = Record::Remove { id: *id };
+            Box::pin(apply_readable(device, metadata, &one, seq, unapplied)).await;
+        }
+        return;
+    }
     let Record::Unmap { volume, lba, count } = record else {
         let applied = metadata.with_supply(device, |metadata| metadata.replay(record, seq));
         if let Err(error) = applied.await {
@@ -286,7 +294,7 @@ fn subject(record: &Record) -> VolumeId {
         | Record::Hold { id, .. }
         | Record::Release { id }
         | Record::SetProperty { id, .. } => *id,
-        Record::Grow { .. } => VolumeId(0),
+        Record::Grow { .. } | Record::RemoveAll { .. } => VolumeId(0),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Whole pools: what removing costs, and that everything comes back of it, to the pool, to the file below and to memory.
 
+mod backlog;
+
 use super::*;
 use crate::clock::{Clock, ManualClock, SystemClock};
 use crate::device::memory::{Call, Memory, now};
