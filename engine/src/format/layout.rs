@@ -105,6 +105,23 @@ pub(crate) fn is_fixed(pba: Pba, journal: Extent) -> bool {
         || (journal.start..journal.end()).contains(&pba)
 }
 
+/// How many blocks of a run have no fixed use.
+pub(crate) fn usable_blocks_in(run: Extent, journal: Extent) -> u64 {
+    let heads = heads_before(run.end().0) - heads_before(run.start.0);
+    let start = journal.start.0.clamp(run.start.0, run.end().0);
+    let end = journal.end().0.clamp(start, run.end().0);
+    let both = heads_before(end) - heads_before(start);
+    run.count - heads - ((end - start) - both)
+}
+
+/// How many blocks before this one are superblocks or slots.
+fn heads_before(pba: u64) -> u64 {
+    const HEAD: u64 = GROUP_HEAD_END - SLOTS_AT;
+    let (groups, within) = (pba / GROUP_BLOCKS, pba % GROUP_BLOCKS);
+    let slots = groups * HEAD + within.clamp(SLOTS_AT, GROUP_HEAD_END) - SLOTS_AT;
+    slots + pba.min(SLOTS_AT)
+}
+
 /// Whether a region has blocks that no allocation may take: fixed ones, or such beyond the pool's end.
 pub(crate) fn has_fixed(region: u64, pool_blocks: u64, journal: Extent) -> bool {
     let start = region * REGION_BLOCKS;
@@ -132,6 +149,28 @@ impl Bounds {
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "needs minutes")]
+    fn usable_blocks_are_those_without_a_fixed_use() {
+        let blocks = 3 * GROUP_BLOCKS;
+        let mut rng = fastrand::Rng::with_seed(1);
+        for count in [1, 100, 4096, GROUP_BLOCKS - GROUP_HEAD_END] {
+            let journal = Extent::new(journal(blocks).start, count);
+            for _ in 0..20 {
+                let start = rng.u64(..blocks);
+                let start = if rng.bool() { start % 3000 } else { start };
+                let count = rng.u64(..(blocks - start).min(600_000));
+                let run = Extent::new(Pba(start), count);
+                let usable = run.blocks().filter(|pba| !is_fixed(*pba, journal));
+                assert_eq!(
+                    usable_blocks_in(run, journal),
+                    usable.count() as u64,
+                    "{run:?}"
+                );
+            }
+        }
+    }
 
     #[test]
     #[cfg_attr(miri, ignore = "needs minutes")]

@@ -14,7 +14,7 @@ use crate::checkpoint::{Losses, load_catalog, load_index, load_readable, read_su
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::catalog::{Own, Role};
-use crate::format::layout::{REGION_BLOCKS, region_count};
+use crate::format::layout::REGION_BLOCKS;
 use crate::format::superblock::Superblock;
 use crate::metadata::Metadata;
 use crate::units::{BLOCK_BYTES, Generation, Pba, VolumeId};
@@ -231,18 +231,14 @@ impl Findings {
 
     /// Holds the references found against the counts.
     async fn compare<D: Device>(&mut self, device: &D) {
-        for (regions, _) in &self.losses.counts {
-            for region in regions.clone() {
-                if self.reach.touches(region) {
-                    self.regions.entry(region).or_default();
-                }
+        let mut regions: BTreeSet<u64> = self.metadata.space.written_regions().collect();
+        for region in self.reach.regions() {
+            if self.is_index_lost(region) {
+                self.regions.entry(region).or_default();
             }
+            regions.insert(region);
         }
-        for region in 0..region_count(self.metadata.space.blocks()) {
-            let is_written = self.metadata.space.region_place(region).is_some();
-            if !self.reach.touches(region) && !is_written {
-                continue;
-            }
+        for region in regions {
             let fault = self.compare_region(device, region).await;
             if fault.lost.is_some() || fault.low > 0 || fault.high > 0 {
                 self.regions.insert(region, fault);

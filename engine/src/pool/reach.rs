@@ -136,6 +136,11 @@ impl Reach {
         self.found.contains_key(&region)
     }
 
+    /// The regions of which something names a block.
+    pub(super) fn regions(&self) -> impl Iterator<Item = u64> {
+        self.found.keys().copied()
+    }
+
     /// One more reference to a block; how many there are now.
     fn refer(&mut self, pba: Pba) -> u32 {
         let region = self

@@ -85,8 +85,7 @@ impl SpaceMap {
     /// The counts of a region change for the first time since a freeze.
     pub(super) fn keep_counts(&mut self, number: u64) {
         let Some(kept) = &mut self.kept else { return };
-        let index = usize::try_from(number).unwrap_or(usize::MAX);
-        let Some(region) = self.regions.get(index) else {
+        let Some(region) = self.regions.get(number) else {
             return;
         };
         let Some((slot, generation, _)) = region.place() else {

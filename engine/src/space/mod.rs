@@ -8,6 +8,7 @@
 mod kept;
 mod leaf;
 mod region;
+mod regions;
 mod reserve;
 mod restore;
 #[cfg(test)]
@@ -26,8 +27,9 @@ use crate::format::map_page::LEAF_ENTRIES;
 use crate::format::page::PagePtr;
 use crate::units::{Extent, Generation, Pba, Seq};
 use region::Region;
+use regions::Regions;
 use rustc_hash::{FxHashMap, FxHashSet};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What an operation lacks in memory; the caller reads it from the device and tries again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +60,7 @@ impl From<Error> for Fault {
 pub(crate) struct SpaceMap {
     blocks: u64,
     journal: Extent,
-    regions: Vec<Region>,
+    regions: Regions,
     /// Regions whose counts changed since the last freeze.
     dirty: Vec<u64>,
     /// Regions whose index entry says less than is so.
@@ -71,10 +73,8 @@ pub(crate) struct SpaceMap {
     loaded: VecDeque<u64>,
     /// Counts of so many regions may be in memory.
     regions_max: usize,
-    /// Where the index pages of levels 1 to 3 stand.
-    index: [Vec<Option<(Slot, Generation)>>; INDEX_LEVELS as usize],
-    /// Blocks that a reservation could take now.
-    available: u64,
+    /// Where the index pages of levels 1 to 3 stand, by number.
+    index: [BTreeMap<u64, (Slot, Generation)>; INDEX_LEVELS as usize],
     /// Blocks that have no fixed use.
     usable: u64,
     /// Where the next search for a run begins.
@@ -121,7 +121,7 @@ impl SpaceMap {
         let mut space = Self {
             blocks,
             journal,
-            regions: Vec::new(),
+            regions: Regions::new(journal),
             dirty: Vec::new(),
             misnoted: FxHashSet::default(),
             untrimmed: BTreeSet::new(),
@@ -129,7 +129,6 @@ impl SpaceMap {
             loaded: VecDeque::new(),
             regions_max: usize::MAX,
             index: Default::default(),
-            available: 0,
             usable: 0,
             cursor: 0,
             metadata: VecDeque::new(),
@@ -152,10 +151,8 @@ impl SpaceMap {
     /// Sees to it that [`SpaceMap::grow`] can be done.
     pub(crate) fn prepare_grow(&self) -> Result<(), Fault> {
         // The last region may end within; its new blocks are freed one by one.
-        match self.regions.last() {
-            Some(last) if !last.is_loaded() => Err(Fault::Missing(Missing::Counts(
-                self.regions.len() as u64 - 1,
-            ))),
+        match self.regions.count().checked_sub(1) {
+            Some(last) if !self.has_region(last) => Err(Fault::Missing(Missing::Counts(last))),
             _ => Ok(()),
         }
     }
@@ -166,30 +163,24 @@ impl SpaceMap {
             return;
         }
         let (before, journal) = (self.blocks, self.journal);
-        if let Some(last) = self.regions.len().checked_sub(1) {
-            let region = last as u64;
-            let gained = self
-                .region_mut(region)
-                .grow(region, before, blocks, journal);
-            self.available += gained;
-            self.usable += gained;
+        if let Some(last) = self.regions.count().checked_sub(1) {
+            self.mark_dirty(last);
+            self.regions
+                .update(last, |region| region.grow(last, before, blocks, journal));
         }
         self.add_regions(blocks);
     }
 
     fn add_regions(&mut self, blocks: u64) {
         self.blocks = blocks;
-        for index in self.regions.len() as u64..layout::region_count(blocks) {
-            let region = Region::virgin(index, blocks, self.journal);
-            self.available += region.available();
-            self.usable += region.available();
-            self.regions.push(region);
-        }
-        let mut pages = layout::region_count(blocks);
-        for level in &mut self.index {
-            pages = pages.div_ceil(INDEX_ENTRIES);
-            level.resize(usize::try_from(pages).unwrap_or(usize::MAX), None);
-        }
+        self.regions.grow(blocks);
+        let all = Extent::new(Pba(0), blocks);
+        self.usable = layout::usable_blocks_in(all, self.journal);
+    }
+
+    /// Blocks that a reservation could take now.
+    fn available(&self) -> u64 {
+        self.regions.available()
     }
 
     /// Blocks of the pool.
@@ -222,7 +213,7 @@ impl SpaceMap {
 
     /// Blocks that data can still take.
     pub(crate) fn free_for_data(&self) -> u64 {
-        (self.available + self.set_aside).saturating_sub(self.reserve_blocks())
+        (self.available() + self.set_aside).saturating_sub(self.reserve_blocks())
     }
 
     /// Blocks that data can take of an empty pool: with a leaf for each 512 of them, and as many again for the copies of
@@ -240,7 +231,8 @@ impl SpaceMap {
 
     /// Blocks neither free nor released nor set aside, the fixed ones included.
     pub(crate) fn used_blocks(&self) -> u64 {
-        self.blocks - self.available - self.set_aside - self.pending_blocks - self.kept_blocks
+        let unused = self.available() + self.set_aside + self.pending_blocks + self.kept_blocks;
+        self.blocks - unused
     }
 
     /// What was taken and given up so far.
@@ -266,14 +258,13 @@ impl SpaceMap {
     /// How many owners a block has.
     pub(crate) fn count(&self, pba: Pba) -> Result<u32, Fault> {
         let (region, offset) = place(pba);
-        let counted = self.region(region).filter(|_| pba.0 < self.blocks);
-        let Some(counted) = counted else {
+        if pba.0 >= self.blocks {
             return Err(Error::corrupt("a pointer beyond the pool")
                 .at_pba(pba)
                 .into());
-        };
-        counted
-            .count(offset)
+        }
+        self.region(region)
+            .and_then(|counted| counted.count(offset))
             .ok_or(Fault::Missing(Missing::Counts(region)))
     }
 
@@ -297,9 +288,9 @@ impl SpaceMap {
         Error::corrupt(fact).at_pba(pba).into()
     }
 
+    /// A region; none also where it was never used.
     fn region(&self, region: u64) -> Option<&Region> {
-        let index = usize::try_from(region).ok();
-        index.and_then(|index| self.regions.get(index))
+        self.regions.get(region)
     }
 
     /// Whether a block's only owner would still be its only one after a power cut now.
@@ -315,9 +306,7 @@ impl SpaceMap {
         let mut done = 0;
         while done < run.count {
             let (region, offset) = place(run.start.plus(done));
-            let counted = usize::try_from(region)
-                .ok()
-                .and_then(|index| self.regions.get(index));
+            let counted = self.region(region);
             let want = usize::try_from(run.count - done).unwrap_or(usize::MAX);
             let alone = counted.map_or(0, |counted| counted.owned_alone(offset, want)) as u64;
             done += alone;
@@ -351,16 +340,16 @@ impl SpaceMap {
     }
 
     fn region_mut(&mut self, region: u64) -> &mut Region {
+        let was_clean = (self.regions.get_mut(region)).is_some_and(|found| !found.set_dirty());
+        if was_clean {
+            self.dirty.push(region);
+            self.keep_counts(region);
+        }
         #[expect(
             clippy::expect_used,
             reason = "callers checked the block with `count` first"
         )]
-        let index = usize::try_from(region).expect("a region index fits memory");
-        if !self.regions[index].set_dirty() {
-            self.dirty.push(region);
-            self.keep_counts(region);
-        }
-        &mut self.regions[index]
+        self.regions.get_mut(region).expect("a region in use")
     }
 
     /// One more owner. The block's counts are loaded.
@@ -433,10 +422,11 @@ impl SpaceMap {
         }
         for pba in extent.blocks() {
             let (region, offset) = place(pba);
-            if !self.region_mut(region).take(offset..offset + 1) {
+            self.mark_dirty(region);
+            let take = |region: &mut Region| region.take(offset..offset + 1);
+            if self.regions.update(region, take) != Some(true) {
                 return Err(in_use(pba));
             }
-            self.available -= 1;
         }
         Ok(())
     }
@@ -449,12 +439,14 @@ impl SpaceMap {
         high: Option<&Halves>,
     ) -> Result<()> {
         let (blocks, journal) = (self.blocks, self.journal);
-        let index = usize::try_from(region).ok();
-        match index.and_then(|index| self.regions.get_mut(index)) {
-            Some(slot) => {
-                let was_loaded = slot.is_loaded();
-                slot.load(region, blocks, journal, low, high)?;
-                if !was_loaded {
+        let loaded = self.regions.update(region, |found| {
+            let was_loaded = found.is_loaded();
+            found.load(region, blocks, journal, low, high)?;
+            Ok(!was_loaded)
+        });
+        match loaded {
+            Some(is_new) => {
+                if is_new? {
                     self.loaded.push_back(region);
                 }
                 Ok(())
@@ -465,23 +457,22 @@ impl SpaceMap {
 
     /// Whether a region's counts are in memory.
     pub(crate) fn has_region(&self, region: u64) -> bool {
-        let index = usize::try_from(region).ok();
-        let region = index.and_then(|index| self.regions.get(index));
-        region.is_some_and(Region::is_loaded)
+        self.region(region).is_some_and(Region::is_loaded)
     }
 
     /// Gives no block of a region out any more: its counts cannot be read.
     pub(crate) fn close_region(&mut self, region: u64) {
-        let index = usize::try_from(region).ok();
-        if let Some(region) = index.and_then(|index| self.regions.get_mut(index)) {
-            self.available -= region.close();
-        }
+        self.regions.update(region, Region::close);
     }
 
     /// Where a region's counts stand, and whether they have high halves; none: never written.
     pub(crate) fn region_place(&self, region: u64) -> Option<(Slot, Generation, bool)> {
-        let index = usize::try_from(region).ok()?;
-        self.regions.get(index)?.place()
+        self.region(region)?.place()
+    }
+
+    /// Regions whose counts stand on disk, ascending.
+    pub(crate) fn written_regions(&self) -> impl Iterator<Item = u64> {
+        self.regions.written()
     }
 
     /// What the index pages say, page by page from the top level down, as the loader reads them.
@@ -503,35 +494,35 @@ impl SpaceMap {
 
     /// The entry number `position` for a page of `level`; level 0 is a region.
     fn load_entry(&mut self, level: u8, position: u64, entry: &IndexEntry) -> Result<()> {
-        let Ok(position) = usize::try_from(position) else {
+        // What was never written costs nothing.
+        let Some(place) = entry.place else {
             return Ok(());
         };
+        let below = INDEX_ENTRIES.pow(u32::from(level));
+        if position >= self.regions.count().div_ceil(below) {
+            return Err(Error::corrupt("count index: counts beyond the pool"));
+        }
         if level > 0 {
-            if let Some(place) = self.index[usize::from(level) - 1].get_mut(position) {
-                *place = entry.place;
-                return Ok(());
-            }
-        } else if let Some(region) = self.regions.get_mut(position) {
-            self.available -= region.available();
-            region.set_entry(entry)?;
-            if region.is_untrimmed() {
-                self.untrimmed.insert(position as u64);
-            }
-            self.available += region.available();
+            self.index[usize::from(level) - 1].insert(position, place);
             return Ok(());
         }
-        match entry.place {
-            None => Ok(()),
-            Some(_) => Err(Error::corrupt("count index: counts beyond the pool")),
+        let is_untrimmed = self.regions.update(position, |region| {
+            region.set_entry(entry)?;
+            Ok::<_, Error>(region.is_untrimmed())
+        });
+        if let Some(is_untrimmed) = is_untrimmed
+            && is_untrimmed?
+        {
+            self.untrimmed.insert(position);
         }
+        Ok(())
     }
 
     /// The index pages of `level` that stand on disk: number, slot, generation.
     pub(crate) fn index_places(&self, level: u8) -> Vec<(u64, Slot, Generation)> {
         let places = self.index[usize::from(level) - 1].iter();
-        (0..)
-            .zip(places)
-            .filter_map(|(page, place)| place.map(|(slot, generation)| (page, slot, generation)))
+        places
+            .map(|(page, (slot, generation))| (*page, *slot, *generation))
             .collect()
     }
 
@@ -542,10 +533,9 @@ impl SpaceMap {
         let mut dirty = std::mem::take(&mut self.dirty);
         dirty.sort_unstable();
         for region in dirty {
-            let Ok(index) = usize::try_from(region) else {
+            let Some(frozen_region) = self.regions.get_mut(region) else {
                 continue;
             };
-            let frozen_region = &mut self.regions[index];
             frozen_region.set_clean();
             if frozen_region.is_blank() {
                 frozen
@@ -563,38 +553,36 @@ impl SpaceMap {
         pages.extend(misnoted.into_iter().map(|region| region / INDEX_ENTRIES));
         for level in 1..=INDEX_LEVELS {
             for page in std::mem::take(&mut pages) {
-                let place = &mut self.index[usize::from(level) - 1]
-                    [usize::try_from(page).unwrap_or(usize::MAX)];
-                let slot = place.map_or(Slot::A, |(slot, _)| slot.other());
-                *place = Some((slot, generation));
+                let places = &mut self.index[usize::from(level) - 1];
+                let slot = places.get(&page).map_or(Slot::A, |(slot, _)| slot.other());
+                places.insert(page, (slot, generation));
                 let content = self.index_page(level, page);
                 frozen.index.push((level, page, slot, content));
                 pages.insert(page / INDEX_ENTRIES);
             }
             // The pages of the next level; those just inserted belong to it.
         }
-        for (entry, place) in frozen
-            .top
-            .iter_mut()
-            .zip(&self.index[usize::from(INDEX_LEVELS) - 1])
-        {
-            entry.place = *place;
+        for (position, entry) in (0..).zip(frozen.top.iter_mut()) {
+            let places = &self.index[usize::from(INDEX_LEVELS) - 1];
+            entry.place = places.get(&position).copied();
         }
         frozen
     }
 
     fn index_page(&mut self, level: u8, page: u64) -> Box<Index> {
         let mut index = empty_index();
-        let first = usize::try_from(page * INDEX_ENTRIES).unwrap_or(usize::MAX);
+        let first = page * INDEX_ENTRIES;
         if level == 1 {
-            for (entry, region) in index.iter_mut().zip(self.regions.iter_mut().skip(first)) {
-                *entry = region.entry();
-                region.note();
+            for (entry, number) in index.iter_mut().zip(first..) {
+                if let Some(region) = self.regions.get_mut(number) {
+                    *entry = region.entry();
+                    region.note();
+                }
             }
         } else {
             let below = &self.index[usize::from(level) - 2];
-            for (entry, place) in index.iter_mut().zip(below.iter().skip(first)) {
-                entry.place = *place;
+            for (entry, number) in index.iter_mut().zip(first..) {
+                entry.place = below.get(&number).copied();
             }
         }
         index

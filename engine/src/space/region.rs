@@ -68,13 +68,9 @@ fn is_usable(region: u64, offset: usize, blocks: u64, journal: Extent) -> bool {
 impl Region {
     /// A region that was never written: all free but what has a fixed use.
     pub(crate) fn virgin(region: u64, blocks: u64, journal: Extent) -> Self {
-        let free = if layout::has_fixed(region, blocks, journal) {
-            (0..REGION_LEN)
-                .filter(|&offset| is_usable(region, offset, blocks, journal))
-                .count() as u64
-        } else {
-            REGION_BLOCKS
-        };
+        let start = (region * REGION_BLOCKS).min(blocks);
+        let count = REGION_BLOCKS.min(blocks - start);
+        let free = layout::usable_blocks_in(Extent::new(Pba(start), count), journal);
         Self {
             place: None,
             is_wide: false,
@@ -89,8 +85,8 @@ impl Region {
         }
     }
 
-    /// Frees the blocks that a grown pool gives the region, whose counts are loaded; how many they are.
-    pub(crate) fn grow(&mut self, region: u64, before: u64, blocks: u64, journal: Extent) -> u64 {
+    /// Frees the blocks that a grown pool gives the region, whose counts are loaded.
+    pub(crate) fn grow(&mut self, region: u64, before: u64, blocks: u64, journal: Extent) {
         let loaded = self.loaded_mut();
         let mut gained = 0;
         for offset in 0..REGION_LEN {
@@ -105,16 +101,15 @@ impl Region {
         self.usable += gained;
         self.free += gained;
         self.available += gained;
-        gained
     }
 
     pub(crate) fn available(&self) -> u64 {
         self.available
     }
 
-    /// Makes nothing available any more; how many blocks that were.
-    pub(crate) fn close(&mut self) -> u64 {
-        std::mem::take(&mut self.available)
+    /// Makes nothing available any more.
+    pub(crate) fn close(&mut self) {
+        self.available = 0;
     }
 
     pub(crate) fn is_loaded(&self) -> bool {

@@ -10,13 +10,16 @@ use crate::format::layout::REGION_BLOCKS;
 use crate::units::{Extent, Pba};
 use std::ops::Range;
 
+/// A region that has blocks to be taken has a free run. Where that is not so, so many others are tried.
+const TRIES_MAX: usize = 8;
+
 /// Metadata pages are handed out from runs of this many blocks, so that a checkpoint writes them together.
 const METADATA_RUN: u64 = 64;
 
 impl SpaceMap {
     /// Takes a run of up to `want` free blocks for data, at `goal` if that is free.
     pub(crate) fn reserve(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
-        let want = want.min(self.free_for_data()).min(self.available);
+        let want = want.min(self.free_for_data()).min(self.available());
         if want == 0 {
             return Err(Error::new(ErrorKind::OutOfSpace).into());
         }
@@ -42,7 +45,7 @@ impl SpaceMap {
         skip: u64,
         want: u64,
     ) -> Result<(Extent, Pba), Fault> {
-        let want = want.min(self.free_for_data()).min(self.available);
+        let want = want.min(self.free_for_data()).min(self.available());
         if want == 0 {
             return Err(Error::new(ErrorKind::OutOfSpace).into());
         }
@@ -65,7 +68,7 @@ impl SpaceMap {
 
     /// Refuses where fewer than `count` blocks are left for metadata.
     pub(crate) fn require(&self, count: u64) -> Result<(), Fault> {
-        if self.available + self.set_aside + self.ripe_blocks() < count {
+        if self.available() + self.set_aside + self.ripe_blocks() < count {
             let message = "no space left in the pool, not even in the reserve; remove something";
             return Err(Error::with(ErrorKind::OutOfSpace, message).into());
         }
@@ -75,7 +78,7 @@ impl SpaceMap {
     /// The same for a checkpoint's own pages, which may take what was kept back for them.
     pub(crate) fn set_aside_last(&mut self, count: u64) -> Result<(), Fault> {
         self.require(count)?;
-        if self.available + self.set_aside < count {
+        if self.available() + self.set_aside < count {
             let ripe = self.take_ripe();
             self.set_aside += ripe.len() as u64;
             let extents = ripe.into_iter().map(|pba| Extent::new(pba, 1));
@@ -83,7 +86,7 @@ impl SpaceMap {
         }
         while self.set_aside < count {
             let goal = self.metadata.back().map_or(Pba(0), |extent| extent.end());
-            let want = METADATA_RUN.min(self.available);
+            let want = METADATA_RUN.min(self.available());
             let extent = self.take_run(goal, want)?;
             self.set_aside += extent.count;
             self.metadata.push_back(extent);
@@ -131,12 +134,11 @@ impl SpaceMap {
     /// Lets blocks be taken again; `is_stale`: they may hold room of the device below.
     pub(super) fn set_free(&mut self, extent: Extent, is_stale: bool) {
         for (number, offsets) in by_region(extent) {
-            let index = usize::try_from(number).unwrap_or(usize::MAX);
-            let region = &mut self.regions[index];
-            offsets.for_each(|offset| region.give_back(offset, is_stale));
+            self.regions.update(number, |region| {
+                offsets.for_each(|offset| region.give_back(offset, is_stale));
+            });
             self.note_freed(number);
         }
-        self.available += extent.count;
     }
 
     pub(super) fn take_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
@@ -148,17 +150,18 @@ impl SpaceMap {
     /// Takes blocks that were found free.
     fn take(&mut self, extent: Extent) {
         for (region, offsets) in by_region(extent) {
-            let index = usize::try_from(region).unwrap_or(usize::MAX);
-            let was_free = self.regions[index].take(offsets);
-            assert!(was_free, "{extent:?} was found free and is taken");
+            let was_free = self.regions.update(region, |found| found.take(offsets));
+            assert!(
+                was_free == Some(true),
+                "{extent:?} was found free and is taken"
+            );
         }
-        self.available -= extent.count;
     }
 
     /// How many of the `want` blocks from `at` on are free, up to the first that is not; none where no region is.
     fn free_at(&self, at: Pba, want: u64) -> Option<u64> {
         let (region, offset) = place(at);
-        let region = self.regions.get(usize::try_from(region).ok()?)?;
+        let region = self.region(region)?;
         let want = usize::try_from(want).unwrap_or(usize::MAX);
         Some(region.run_at(offset, want.min(1 << 20)) as u64)
     }
@@ -166,40 +169,35 @@ impl SpaceMap {
     fn find_run(&mut self, goal: Pba, want: u64) -> Result<Extent, Fault> {
         let want_len = usize::try_from(want).unwrap_or(usize::MAX);
         let (region, offset) = place(goal);
-        if goal.0 > 0
-            && let Some(at_goal) = usize::try_from(region)
-                .ok()
-                .and_then(|index| self.regions.get(index))
-            && at_goal.available() > 0
-        {
-            if !at_goal.is_loaded() {
-                return Err(Fault::Missing(Missing::Counts(region)));
-            }
-            let length = at_goal.run_at(offset, want_len.min(1 << 20));
+        if goal.0 > 0 && goal.0 < self.blocks {
+            let at_goal = self.region(region);
+            let length = match at_goal {
+                Some(at_goal) if at_goal.available() == 0 => 0,
+                Some(at_goal) if at_goal.is_loaded() => {
+                    at_goal.run_at(offset, want_len.min(1 << 20))
+                }
+                _ => return Err(Fault::Missing(Missing::Counts(region))),
+            };
             if length > 0 {
                 return Ok(Extent::new(goal, length as u64));
             }
         }
-        let regions = self.regions.len() as u64;
-        // First a region with room for the whole run, then any.
-        for enough in [want.min(REGION_BLOCKS / 2), 1] {
-            for step in 0..regions {
-                let region = (self.cursor + step) % regions;
-                let index = usize::try_from(region).unwrap_or(usize::MAX);
-                let candidate = &self.regions[index];
-                if candidate.available() < enough {
-                    continue;
-                }
-                if !candidate.is_loaded() {
-                    return Err(Fault::Missing(Missing::Counts(region)));
-                }
-                if let Some((offset, length)) = candidate.best_run(want_len) {
-                    self.cursor = (region + 1) % regions;
-                    return Ok(Extent::new(
-                        Pba(region * REGION_BLOCKS + offset as u64),
-                        length as u64,
-                    ));
-                }
+        let regions = self.regions.count();
+        for _ in 0..TRIES_MAX {
+            let Some(region) = self
+                .regions
+                .find(want.min(REGION_BLOCKS / 2), self.cursor % regions.max(1))
+            else {
+                break;
+            };
+            let Some(candidate) = self.region(region).filter(|region| region.is_loaded()) else {
+                return Err(Fault::Missing(Missing::Counts(region)));
+            };
+            let run = candidate.best_run(want_len);
+            self.cursor = (region + 1) % regions;
+            if let Some((offset, length)) = run {
+                let start = Pba(region * REGION_BLOCKS + offset as u64);
+                return Ok(Extent::new(start, length as u64));
             }
         }
         Err(Error::new(ErrorKind::OutOfSpace).into())

@@ -1,6 +1,6 @@
 //! Putting counts right: what a walk over all maps found takes the place of what the pool had noted.
 
-use super::{SpaceMap, layout};
+use super::{Region, SpaceMap, layout};
 use crate::format::layout::{INDEX_ENTRIES, REGION_BLOCKS};
 use crate::units::Pba;
 
@@ -9,14 +9,11 @@ impl SpaceMap {
     /// Nothing of the region is reserved, set aside or pending.
     pub(crate) fn set_counts(&mut self, region: u64, count_of: impl Fn(usize) -> u32) {
         let (blocks, journal) = (self.blocks, self.journal);
-        let index = usize::try_from(region).ok();
-        let Some(slot) = index.and_then(|index| self.regions.get_mut(index)) else {
+        let was_loaded = self.has_region(region);
+        let set = |found: &mut Region| found.set_counts(region, blocks, journal, count_of);
+        if self.regions.update(region, set).is_none() {
             return;
-        };
-        self.available -= slot.available();
-        let was_loaded = slot.is_loaded();
-        slot.set_counts(region, blocks, journal, count_of);
-        self.available += slot.available();
+        }
         self.mark_dirty(region);
         self.untrimmed.insert(region);
         if !was_loaded {

@@ -22,8 +22,7 @@ impl SpaceMap {
     /// Takes at most `most` stale runs of a region, to be given back to the device below and then to
     /// [`SpaceMap::end_trim`].
     pub(crate) fn begin_trim(&mut self, region: u64, most: usize) -> Result<Vec<Extent>, Fault> {
-        let index = usize::try_from(region).ok();
-        let Some(found) = index.and_then(|index| self.regions.get_mut(index)) else {
+        let Some(found) = self.region(region) else {
             self.untrimmed.remove(&region);
             return Ok(Vec::new());
         };
@@ -31,17 +30,19 @@ impl SpaceMap {
             return Err(Fault::Missing(Missing::Counts(region)));
         }
         let mut extents = Vec::new();
-        for (offset, length) in found.take_stale_runs(most) {
-            let was_free = found.take(offset..offset + length);
-            assert!(was_free, "a run that was found free is taken");
-            let start = Pba(region * REGION_BLOCKS + offset as u64);
-            extents.push(Extent::new(start, length as u64));
-        }
-        if !found.is_untrimmed() {
+        let is_untrimmed = self.regions.update(region, |found| {
+            for (offset, length) in found.take_stale_runs(most) {
+                let was_free = found.take(offset..offset + length);
+                assert!(was_free, "a run that was found free is taken");
+                let start = Pba(region * REGION_BLOCKS + offset as u64);
+                extents.push(Extent::new(start, length as u64));
+            }
+            found.is_untrimmed()
+        });
+        if is_untrimmed != Some(true) {
             self.untrimmed.remove(&region);
         }
         let blocks: u64 = extents.iter().map(|extent| extent.count).sum();
-        self.available -= blocks;
         self.pending_blocks += blocks;
         self.note_freed(region);
         Ok(extents)
@@ -64,8 +65,7 @@ impl SpaceMap {
 
     /// Blocks of a region became free, or were given back.
     pub(super) fn note_freed(&mut self, region: u64) {
-        let index = usize::try_from(region).unwrap_or(usize::MAX);
-        let Some(found) = self.regions.get(index) else {
+        let Some(found) = self.region(region) else {
             return;
         };
         if found.is_untrimmed() {
@@ -113,8 +113,9 @@ impl SpaceMap {
             let Some(region) = self.loaded.pop_front() else {
                 return;
             };
-            let index = usize::try_from(region).unwrap_or(usize::MAX);
-            let found = &mut self.regions[index];
+            let Some(found) = self.regions.get_mut(region) else {
+                continue;
+            };
             let stays = found.take_used() || found.is_dirty() || !found.is_evictable(durable);
             if stays {
                 self.loaded.push_back(region);

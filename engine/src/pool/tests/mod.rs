@@ -609,3 +609,33 @@ fn a_dry_run_of_a_removal_keeps_nobody_from_anything() {
     dry_run.beside(pool.snapshot(&device, &[path("v@t")]));
     pool.attach(&path("v"), false).unwrap();
 }
+
+#[test]
+fn the_largest_pool_opens_as_fast_as_a_small_one_until_it_is_used() {
+    let calls = |blocks: u64| {
+        let (device, clock) = (Memory::default(), Arc::new(ManualClock::default()));
+        make(&device, blocks);
+        let pool = open(&device, blocks, Arc::clone(&clock) as Arc<dyn Clock>);
+        // Far apart, so that they are in groups of their own.
+        let v = volume(&device, &pool, "v", 8 * LEAF);
+        for leaf in 0..8 {
+            put(&device, &v, leaf * LEAF, 3);
+        }
+        v.detach();
+        now(pool.close(&device)).unwrap();
+        device.take_calls();
+        let pool = open(&device, blocks, clock);
+        assert_eq!(pool.status().size_bytes, blocks * 4096);
+        let opening = device.take_calls().len();
+        let report = now(pool.check(&device, &mut |_, _| {})).unwrap();
+        assert_eq!(report.exit_code(), 0, "{report:?}");
+        (opening, device.take_calls().len())
+    };
+    let (small, small_check) = calls(1 << 20);
+    let (large, large_check) = calls(crate::limits::POOL_BLOCKS_MAX / 499_968 * 499_968);
+    assert!(large < small + 10, "{small}, {large}");
+    assert!(
+        large_check < small_check + 20,
+        "{small_check}, {large_check}"
+    );
+}

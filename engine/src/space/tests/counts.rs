@@ -18,7 +18,7 @@ fn a_count_passes_65535_and_comes_back() {
     pair.space.publish(Extent::new(neighbour, 1));
     pair.at(pba).count = 1;
     pair.at(neighbour).count = 1;
-    let available = pair.space.available;
+    let available = pair.space.available();
     for step in 0..140_000_u32 {
         pair.space.retain(pba);
         pair.at(pba).count += 1;
@@ -27,7 +27,7 @@ fn a_count_passes_65535_and_comes_back() {
             pair.check_reloaded();
         }
     }
-    let free = |pair: &Pair| pair.space.regions[1].entry().free;
+    let free = |pair: &Pair| pair.space.regions.get(1).unwrap().entry().free;
     let before = free(&pair);
     for left in (0..140_000_u32).rev() {
         pair.space.release(pba, None);
@@ -41,7 +41,10 @@ fn a_count_passes_65535_and_comes_back() {
     pair.space.release(pba, None);
     assert_eq!(pair.space.count(pba).unwrap(), 0);
     assert_eq!(pair.space.count(neighbour).unwrap(), 1);
-    assert_eq!((free(&pair), pair.space.available), (before + 1, available));
+    assert_eq!(
+        (free(&pair), pair.space.available()),
+        (before + 1, available)
+    );
     assert_eq!(pair.space.take_pending(), [Extent::new(pba, 1)]);
     pair.space.release(pba, None);
     assert_eq!(pair.space.underflows(), 1);
@@ -102,10 +105,14 @@ fn a_count_of_all_bits_is_damage() {
     let mut high = [0; REGION_LEN];
     (low[500], high[500]) = (u16::MAX, u16::MAX);
     (low[501], high[501]) = (0, 1);
-    let mut entry = space.regions[1].entry();
+    let mut entry = space.regions.get(1).unwrap().entry();
     entry.place = Some((layout::Slot::A, Generation(1)));
     entry.free = REGION_BLOCKS - 2;
-    space.regions[1].set_entry(&entry).unwrap();
+    space
+        .regions
+        .update(1, |region| region.set_entry(&entry))
+        .unwrap()
+        .unwrap();
     // The index knows how many are free.
     assert!(space.load(1, Some(&low), None).is_err());
     space.load(1, Some(&low), Some(&high)).unwrap();

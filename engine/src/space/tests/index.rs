@@ -9,15 +9,15 @@ use crate::units::{Extent, Generation, Pba};
 #[test]
 fn the_index_names_no_more_than_there_is() {
     let mut space = SpaceMap::new(4096, layout::journal(4096));
-    let mut entry = space.regions[1].entry();
+    let mut entry = space.regions.get(1).unwrap().entry();
     entry.place = Some((layout::Slot::B, Generation(3)));
     entry.free = REGION_BLOCKS + 1;
     assert!(space.load_entry(0, 1, &entry).is_err());
     entry.free = 7;
-    let before = loaded(4096, layout::journal(4096)).available;
+    let before = loaded(4096, layout::journal(4096)).available();
     let mut space = SpaceMap::new(4096, layout::journal(4096));
     space.load_entry(0, 1, &entry).unwrap();
-    assert_eq!(space.available, before - REGION_BLOCKS + 7);
+    assert_eq!(space.available(), before - REGION_BLOCKS + 7);
     space.load_entry(0, 2, &IndexEntry::default()).unwrap();
     assert!(space.load_entry(0, 3, &entry).is_err());
     assert!(space.load_entry(1, 1, &entry).is_err());

@@ -392,7 +392,7 @@ impl Pair {
         let free = number(&|block| block.is_free());
         let aside = self.space.set_aside;
         let kept = self.space.reserve_blocks();
-        assert_eq!(self.space.available, free);
+        assert_eq!(self.space.available(), free);
         assert_eq!(
             self.space.free_for_data(),
             (free + aside).saturating_sub(kept)
@@ -416,7 +416,7 @@ impl Pair {
             assert_eq!(read.count(pba).unwrap(), count, "{pba}, read back");
             free += u64::from(count == 0);
         }
-        assert_eq!(read.available, free);
+        assert_eq!(read.available(), free);
     }
 }
 
@@ -467,15 +467,15 @@ fn space_that_grew_equals_space_made_that_large() {
         }
         let made = loaded(after, journal);
         assert_eq!(space.blocks(), after);
-        assert_eq!(space.available, made.available);
+        assert_eq!(space.available(), made.available());
         for pba in (0..after).map(Pba) {
             assert_eq!(space.count(pba).unwrap(), made.count(pba).unwrap(), "{pba}");
         }
         assert_eq!(space.index[0].len(), made.index[0].len());
         // What grew can be taken, all of it.
-        space.set_aside_last(made.available).unwrap();
-        assert_eq!(space.available, 0);
-        let free = made.available;
+        space.set_aside_last(made.available()).unwrap();
+        assert_eq!(space.available(), 0);
+        let free = made.available();
         space.grow(after - 1);
         assert_eq!((space.blocks(), space.set_aside), (after, free));
     }

@@ -10,9 +10,9 @@ use crate::units::{Extent, Pba};
 fn what_the_journal_maps_is_claimed_once() {
     let mut pair = Pair::new(1, 4096);
     let extent = Extent::new(Pba(2500), 10);
-    let before = pair.space.available;
+    let before = pair.space.available();
     pair.space.claim(extent).unwrap();
-    assert_eq!(pair.space.available, before - 10);
+    assert_eq!(pair.space.available(), before - 10);
     assert!(pair.space.claim(Extent::new(Pba(2509), 2)).is_err());
     pair.space.publish(Extent::new(Pba(2500), 1));
     assert!(pair.space.claim(Extent::new(Pba(2500), 1)).is_err());
@@ -23,10 +23,10 @@ fn what_the_journal_maps_is_claimed_once() {
 #[test]
 fn a_closed_region_gives_out_nothing() {
     let mut space = loaded(4096, layout::journal(4096));
-    let before = space.available;
+    let before = space.available();
     space.close_region(1);
-    assert_eq!(space.available, before - REGION_BLOCKS);
-    space.set_aside_last(space.available).unwrap();
+    assert_eq!(space.available(), before - REGION_BLOCKS);
+    space.set_aside_last(space.available()).unwrap();
     let taken = space.metadata.iter().flat_map(|extent| extent.blocks());
     assert!(taken.into_iter().all(|pba| pba.0 / REGION_BLOCKS != 1));
 }
@@ -38,8 +38,8 @@ fn the_reserve_is_kept_from_data_and_not_from_metadata() {
     space.keep_back(50);
     assert_eq!(space.reserve_blocks(), 100_000 / 128 + 50);
     while space.reserve(Pba(0), 5000).is_ok() {}
-    assert_eq!(space.available, space.reserve_blocks());
-    let left = space.available;
+    assert_eq!(space.available(), space.reserve_blocks());
+    let left = space.available();
     assert!(space.set_aside(left - 49).is_err());
     space.set_aside(left - 50).unwrap();
     assert!(space.require(left + 1).is_err());
@@ -49,7 +49,7 @@ fn the_reserve_is_kept_from_data_and_not_from_metadata() {
 /// Nothing is free but these.
 fn full_but(free: &[u64]) -> SpaceMap {
     let mut space = loaded(8192, layout::journal(8192));
-    space.set_aside_last(space.available).unwrap();
+    space.set_aside_last(space.available()).unwrap();
     space.metadata.clear();
     space.set_aside = 0;
     for pba in free {
@@ -63,7 +63,7 @@ fn the_last_free_block_of_a_region_is_found() {
     let mut space = full_but(&[5000]);
     space.set_aside_last(1).unwrap();
     assert_eq!(space.metadata, [Extent::new(Pba(5000), 1)]);
-    assert_eq!(space.available, 0);
+    assert_eq!(space.available(), 0);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn a_place_within_a_run_leaves_the_others_free() {
     );
     let taken = 2 + 7 + 4;
     let mut whole = SpaceMap::new(8192, layout::journal(8192));
-    assert_eq!(space.available, whole.available - taken);
+    assert_eq!(space.available(), whole.available() - taken);
     assert_eq!(whole.reserve_at(goal, 1), None, "its counts are not there");
     assert_eq!(whole.reserve_at(Pba(8192), 1), None);
     assert_eq!(whole.reserve_at(Pba(u64::MAX), 1), None);
