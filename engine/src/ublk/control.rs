@@ -275,3 +275,42 @@ pub(super) fn cannot_control(source: io::Error) -> Error {
         _ => Error::io(source, format!("{CONTROL_PATH}: cannot be used")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_hangs_keeps_no_other_waiting() {
+        let (resume, hangs) = mpsc::channel::<()>();
+        let (says, said) = mpsc::channel();
+        let ended = says.clone();
+        submit(Box::new(move |_| {
+            drop(hangs.recv());
+            ended.send("the first").unwrap();
+        }))
+        .unwrap();
+        submit(Box::new(move |worker| {
+            says.send("the second").unwrap();
+            worker.rest();
+        }))
+        .unwrap();
+        assert_eq!(said.recv(), Ok("the second"));
+        resume.send(()).unwrap();
+        assert_eq!(said.recv(), Ok("the first"));
+    }
+
+    #[test]
+    fn a_device_is_left_alone_while_the_kernel_hangs_over_it() {
+        let dev_id = 4_000_000_001;
+        refuse_stuck(dev_id).unwrap();
+        let ask = Ask::of(dev_id, "STOP_DEV");
+        STUCK.lock().push((dev_id, ask.what.clone()));
+        let refused = ask.run(|_| Ok(())).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
+        assert!(refused.to_string().contains("STOP_DEV"), "{refused}");
+        refuse_stuck(dev_id + 1).unwrap();
+        ask.no_longer_stuck();
+        refuse_stuck(dev_id).unwrap();
+    }
+}
