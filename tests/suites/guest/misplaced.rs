@@ -11,7 +11,7 @@ fn a_pool_whose_file_was_deleted_goes_on_from_the_copy() {
     shell(&format!("mkfs.ext4 -q {}", device.path));
     let mount = device.mount("defaults");
     shell(&format!(
-        "head -c 16M /dev/urandom > {0}/a && sync && sha256sum < {0}/a > {1}/sum",
+        "head -c 16777216 /dev/urandom > {0}/a && sync && sha256sum < {0}/a > {1}/sum",
         mount.path, below.path
     ));
     let watch = pool.watch();
@@ -23,11 +23,11 @@ fn a_pool_whose_file_was_deleted_goes_on_from_the_copy() {
     let line = line.expect("a shell line");
     // Somebody writes all the time, and what was written is not on the device yet.
     let writer = Background::start(&format!(
-        "sh -c 'for i in $(seq 200); do head -c 64k /dev/urandom > {0}/w$i; sync {0}/w$i; done'",
+        "sh -c 'for i in $(seq 200); do head -c 65536 /dev/urandom > {0}/w$i; sync {0}/w$i; done'",
         mount.path
     ));
     shell(&format!(
-        "head -c 8M /dev/zero | tr '\\0' x > {}/b",
+        "head -c 8388608 /dev/zero | tr '\\0' x > {}/b",
         mount.path
     ));
     pool.shell(line);
@@ -44,6 +44,6 @@ fn a_pool_whose_file_was_deleted_goes_on_from_the_copy() {
     let status = pool.ctl(&["pool", "status", pool.name()]);
     assert!(!status.contains("was deleted"), "{status}");
     drop(mount);
-    shell(&format!("fsck.ext4 -fn {}", device.path));
+    shell(&format!("e2fsck -fn {}", device.path));
     pool.check();
 }

@@ -17,11 +17,12 @@ use crate::{command, paths};
 const INIT: &str = include_str!("init.sh");
 
 /// Taken from this machine. What else a script needs, busybox has.
-const PROGRAMS: [&str; 31] = [
+const PROGRAMS: [&str; 35] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
     "cmp",
+    "cp",
     "dash",
     "date",
     "dd",
@@ -39,12 +40,15 @@ const PROGRAMS: [&str; 31] = [
     "mkfs.ext4",
     "mkfs.xfs",
     "mount",
+    "prlimit",
     "resize2fs",
     "sfdisk",
     "sha256sum",
+    "sync",
     "tail",
     "truncate",
     "umount",
+    "unshare",
     "wipefs",
     "xfs_growfs",
     "xfs_io",
