@@ -234,9 +234,28 @@ pub(crate) enum PoolCommand {
         no_overcommit: bool,
     },
     /// Make a pool known that was created elsewhere, or exported
+    ///
+    /// A copy of a pool has the name and the id of the original, so this machine can use one of the two. With --name and
+    /// --new-id the copy gets its own, written to the copy, and both can be used. The copy may be of a pool that was in
+    /// use: it is then what a power cut would have left. A snapshot or clone of a volume that holds a pool is such a copy.
     Import {
         /// A file or a block device
         path: PathBuf,
+        /// Give the pool this name
+        #[arg(long, value_name = "NAME")]
+        name: Option<Name>,
+        /// Give the pool an id of its own: it is a copy, and the original stays in use
+        #[arg(long)]
+        new_id: bool,
+    },
+    /// Give a pool another name; nothing of it may be attached
+    Rename {
+        /// The pool
+        #[arg(value_name = "OLD")]
+        from: Name,
+        /// The new name
+        #[arg(value_name = "NEW")]
+        to: Name,
     },
     /// Close a pool and forget where it lives; its volumes stay in it
     Export {

@@ -282,7 +282,12 @@ impl Pool {
 
     /// The daemon's process number, as its pid file has it.
     pub fn daemon(&self) -> Option<String> {
-        let file = self.runtime_file("pid");
+        self.daemon_of(self.name)
+    }
+
+    /// That of another pool that the same state directory knows.
+    pub fn daemon_of(&self, pool: &str) -> Option<String> {
+        let file = self.runtime_folder().join(format!("{pool}.pid"));
         Some(fs::read_to_string(file).ok()?.trim().to_owned())
     }
 

@@ -225,6 +225,24 @@ impl LockedRegistry {
         })
     }
 
+    /// Writes the entry of a known pool under another name, which is free. The pool keeps its old entry too until
+    /// that is removed.
+    pub(crate) fn reserve_rename(&self, entry: &PoolEntry, to: &Name) -> Result<Reservation<'_>> {
+        let renamed = PoolEntry {
+            name: to.clone(),
+            ..entry.clone()
+        };
+        // First, because the new entry must not be seen with the marks of an earlier pool.
+        match read_json::<Marks>(&self.marks_file(&entry.name))? {
+            Some(marks) => write_json(&self.marks_file(to), &marks)?,
+            None => remove_file(&self.marks_file(to))?,
+        }
+        Ok(Reservation {
+            staged: stage_json(&self.file(to), &renamed)?,
+            _registry: self,
+        })
+    }
+
     /// Enters a pool.
     pub(crate) fn add(&self, entry: &PoolEntry) -> Result<()> {
         self.reserve(entry)?.enter()

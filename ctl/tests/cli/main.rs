@@ -3,6 +3,7 @@
 mod bad_input;
 mod daemon;
 mod hostile;
+mod identity;
 mod inherited;
 mod kit;
 mod limits;

@@ -2,6 +2,7 @@
 //! they need root, a kernel with ublk, and a RAM disk that they may overwrite.
 
 mod churn;
+mod copies;
 mod devices;
 mod doctor;
 mod faults;

@@ -241,7 +241,7 @@ fn refuse_content(file: &PoolFile) -> Result<()> {
 }
 
 /// A version 4 UUID.
-fn draw_id() -> Result<PoolId> {
+pub(super) fn draw_id() -> Result<PoolId> {
     const SOURCE: &str = "/dev/urandom";
     let mut id = [0; 16];
     let drawn = File::open(SOURCE).and_then(|mut source| source.read_exact(&mut id));

@@ -1,7 +1,8 @@
-//! Pools: create, import, export, list, status, grow, check, destroy.
+//! Pools: create, import, rename, export, list, status, grow, check, destroy.
 
 mod check;
 mod create;
+mod identity;
 mod show;
 
 pub(super) use check::print_report;
@@ -39,7 +40,13 @@ pub(super) fn run(command: PoolCommand) -> Result<u8> {
             force,
             no_overcommit,
         } => create::create(&name, &path, size, force, !no_overcommit),
-        PoolCommand::Import { path } => import(&path),
+        PoolCommand::Import { path, name, new_id } => {
+            if name.is_some() || new_id {
+                identity::change_at(&path, name, new_id)?;
+            }
+            import(&path)
+        }
+        PoolCommand::Rename { from, to } => identity::rename(&from, &to),
         PoolCommand::Export { name, force } => export(&name, force),
         PoolCommand::List { format } => return show::list(format),
         PoolCommand::Status { name, format } => show::status(&name, format),
@@ -101,6 +108,7 @@ fn import(path: &Path) -> Result<()> {
             ),
         ));
     }
+    identity::refuse_twin(&registry, &entry.id, path)?;
     registry.add(&entry)?;
     output::text(&format!("{}\n", entry.name))
 }
