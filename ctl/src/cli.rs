@@ -203,6 +203,12 @@ pub(crate) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Be the process that holds the claim of a device for a daemon, see `claim/process.rs`
+    #[command(hide = true)]
+    ClaimDevice {
+        /// The N of /dev/ublkbN
+        dev_id: u32,
+    },
     /// Write the manual pages into a directory
     #[command(hide = true)]
     Man {

@@ -78,27 +78,31 @@ pub(crate) fn call_entry(
     }
 }
 
-/// Asks the pool's daemon, started if there is none, for something that lasts as long as this process; `begun` gets the
-/// answer. Returns when a signal ended it and the daemon has put everything in order.
-pub(crate) fn hold(
+/// Sends a request to the pool's daemon, started if there is none.
+pub(crate) fn call_daemon(pool: &Name, request: &Request, progress: Progress<'_>) -> Result<Reply> {
+    ask_daemon(pool, request, progress).map(|(_, reply)| reply)
+}
+
+/// The same, with the connection over which the answer came. A daemon that is just stopping is replaced by the next one.
+fn ask_daemon(
     pool: &Name,
     request: &Request,
-    begun: impl FnOnce(Reply) -> Result<()>,
-) -> Result<()> {
+    progress: Progress<'_>,
+) -> Result<(Connection, Reply)> {
     let entry = Registry::from_env()?.find(pool)?;
     let runtime = Runtime::of(pool)?;
     let clock = SystemClock::new();
-    let (connection, reply) = loop {
+    loop {
         ensure_daemon(pool)?;
         let answered = match Connection::open(&runtime, &entry.id, &clock)? {
             Some(mut connection) => {
-                let outcome = connection.call(request, &mut |_, _| {})?;
+                let outcome = connection.call(request, progress)?;
                 Some((connection, outcome))
             }
             None => None,
         };
         match answered {
-            Some((connection, Outcome::Answer(answer))) => break (connection, answer?),
+            Some((connection, Outcome::Answer(answer))) => return Ok((connection, answer?)),
             // The daemon was about to stop; the next one is not.
             _ if clock.monotonic_ns() < LOOK_NS_MAX => thread::sleep(POLL),
             Some((_, Outcome::Again(error))) => return Err(error),
@@ -107,7 +111,17 @@ pub(crate) fn hold(
                 return Err(Error::with(ErrorKind::Busy, fact));
             }
         }
-    };
+    }
+}
+
+/// Asks the pool's daemon, started if there is none, for something that lasts as long as this process; `begun` gets the
+/// answer. Returns when a signal ended it and the daemon has put everything in order.
+pub(crate) fn hold(
+    pool: &Name,
+    request: &Request,
+    begun: impl FnOnce(Reply) -> Result<()>,
+) -> Result<()> {
+    let (connection, reply) = ask_daemon(pool, request, &mut |_, _| {})?;
     connection.shut_down_on_signal()?;
     begun(reply)?;
     connection.end()

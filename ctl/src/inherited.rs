@@ -66,6 +66,8 @@ pub(crate) fn lift_limits(beyond_hard: bool) {
     ] {
         lift(resource, beyond_hard);
     }
+    // Open files: each device takes several. There is no infinity of them.
+    lift(Resource::RLIMIT_NOFILE, false);
 }
 
 /// Sets a limit to infinity where that is asked for and allowed, otherwise to the hard limit.

@@ -1,5 +1,6 @@
 //! ublkctl: the command line of blockfork. A library only so that tests and fuzzers reach what reads foreign bytes.
 
+mod claim;
 mod cli;
 mod client;
 mod commands;

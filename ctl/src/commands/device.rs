@@ -1,6 +1,7 @@
 //! Block devices: attach, detach, and take back those of a daemon that died.
 
 use super::{ask, unexpected, warn_read_only};
+use crate::claim::{self, Patience, Subject};
 use crate::cli::{Attach, Detach, path_target};
 use crate::client;
 use crate::devices::{Devices, Slot};
@@ -45,8 +46,7 @@ pub(super) fn attach(options: &Attach) -> Result<()> {
         metadata_cache: options.metadata_cache,
         on_full: options.on_full,
     };
-    client::ensure_daemon(pool)?;
-    let Reply::Devices(rows) = ask(pool, &request, "attaching")? else {
+    let Reply::Devices(rows) = client::call_daemon(pool, &request, &mut |_, _| {})? else {
         return Err(unexpected());
     };
     if rows.iter().any(|row| row.read_only) && !options.read_only && path.snapshot.is_none() {
@@ -117,7 +117,7 @@ fn detach_in(pool: &Name, devices: Selection, force: bool) -> Result<()> {
                     "{}; taking its devices away all the same",
                     one_line(&e)
                 ));
-                return forget(waiting, &devices);
+                return forget(pool, waiting, &devices);
             }
             started => {
                 started?;
@@ -137,7 +137,7 @@ fn waiting(entry: &PoolEntry) -> Result<Devices> {
 }
 
 /// Removes devices from the kernel that no daemon can take back.
-fn forget(mut devices: Devices, selection: &Selection) -> Result<()> {
+fn forget(pool: &Name, mut devices: Devices, selection: &Selection) -> Result<()> {
     let paths = match selection {
         Selection::All => devices
             .slots()
@@ -148,12 +148,29 @@ fn forget(mut devices: Devices, selection: &Selection) -> Result<()> {
     };
     for path in paths {
         if let Some(slot) = devices.take(&path) {
-            ublk::forget(slot.entry.state.dev_id)?;
+            forget_device(format!("{pool}/{path}"), slot.entry.state.dev_id)?;
             devices.unlink(&slot.entry);
             devices.save()?;
         }
     }
     Ok(())
+}
+
+/// Removes a device from the kernel, unless somebody uses it.
+fn forget_device(name: String, dev_id: u32) -> Result<()> {
+    let subject = Subject { name, dev_id };
+    let patience = Patience::default();
+    loop {
+        let claims = claim::claim(std::slice::from_ref(&subject), "detach", &patience)?;
+        let Some(mut claim) = claims.into_iter().next().flatten() else {
+            return ublk::forget(dev_id, || Ok(()));
+        };
+        match claim::seal(&mut claim, &subject, "detach") {
+            Ok(()) => return ublk::forget(dev_id, || claim.release()),
+            Err(e) if e.kind() == ErrorKind::Busy && !patience.is_over() => claim.release()?,
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// The devices of a pool, also those that wait for a daemon.
@@ -214,7 +231,9 @@ fn forget_stray(text: &str) -> Result<bool> {
         .strip_prefix("/dev/ublkb")
         .and_then(|number| number.parse().ok());
     match number {
-        Some(number) if is_stray => ublk::forget(number).map(|()| true),
+        Some(number) if is_stray => {
+            forget_device("a device of no pool".to_owned(), number).map(|()| true)
+        }
         _ => Ok(false),
     }
 }

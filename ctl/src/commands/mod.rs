@@ -14,6 +14,7 @@ mod trial;
 mod volume;
 mod watch;
 
+use crate::claim;
 use crate::cli::{Command, PathTarget};
 use crate::client;
 use crate::daemon;
@@ -57,6 +58,7 @@ pub(crate) fn run(command: Command) -> Result<u8> {
         Command::Guard => quiesce::guard(),
         Command::Doctor { format } => return doctor::doctor(format),
         Command::Completions { shell } => shell::completions(shell),
+        Command::ClaimDevice { dev_id } => claim::serve(dev_id),
         Command::Man { directory } => shell::man(&directory),
     }
     .map(|()| OK)

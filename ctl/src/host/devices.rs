@@ -2,6 +2,7 @@
 
 use super::turns::Scope;
 use super::{Host, Role};
+use crate::claim::{self, Claim, Patience, Subject};
 use crate::devices::{DeviceEntry, Service, Slot};
 use crate::events::Event;
 use crate::exit_code::one_line;
@@ -10,9 +11,8 @@ use crate::udev::{self, Kind};
 use blockfork::error::{Error, ErrorKind, Result};
 use blockfork::name::VolumePath;
 use blockfork::pool::OnFull;
-use blockfork::ublk::{self, Holder};
+use blockfork::ublk;
 use futures_lite::future::block_on;
-use std::fs;
 use std::sync::Arc;
 use tracing::{info, warn};
 
@@ -48,14 +48,7 @@ impl Host {
             Ok(served) => served,
             Err(e) => {
                 attached.detach();
-                let mut devices = self.devices();
-                // A name too many does no harm: the kernel has no such device.
-                if let Some(slot) = devices.take(path) {
-                    devices.unlink(&slot.entry);
-                    if let Err(unsaved) = devices.save() {
-                        warn!("{}", one_line(&unsaved));
-                    }
-                }
+                self.forget_failed(path, &e);
                 return Err(e);
             }
         };
@@ -68,8 +61,31 @@ impl Host {
         Ok(Reply::Devices(vec![row]))
     }
 
-    /// From now on this daemon serves the device of a volume.
+    /// Forgets a device that could not be attached, unless the kernel has it: then somebody may be using it.
+    fn forget_failed(&self, path: &VolumePath, error: &Error) {
+        let entry = self.devices().find(path).map(|slot| slot.entry.clone());
+        let Some(entry) = entry else {
+            return;
+        };
+        // The kernel is asked without the lock.
+        let is_gone = entry.is_gone();
+        let mut devices = self.devices();
+        if is_gone {
+            devices.take(path);
+            devices.unlink(&entry);
+            // A name too many does no harm: the kernel has no such device.
+            if let Err(unsaved) = devices.save() {
+                warn!(pool = %self.name, "{}", one_line(&unsaved));
+            }
+        } else if let Some(slot) = devices.find_mut(path) {
+            slot.service = Service::Waiting;
+            slot.fault = Some(one_line(error));
+        }
+    }
+
+    /// From now on this daemon serves the device of a volume, and its partitions are there.
     fn serve(&self, path: &VolumePath, served: ublk::Served) -> Result<DeviceRow> {
+        let dev_id = served.dev_id();
         let mut devices = self.devices();
         let Some(slot) = devices.find_mut(path) else {
             let message = format!("{}/{path}: is not among the devices", self.name);
@@ -77,7 +93,10 @@ impl Host {
         };
         slot.service = Service::Served(Arc::new(served));
         slot.fault = None;
-        Ok(slot.row())
+        let row = slot.row();
+        drop(devices);
+        await_partitions(dev_id);
+        Ok(row)
     }
 
     /// Makes the link of a device, and tells udev's rules what it is.
@@ -132,48 +151,44 @@ impl Host {
         ))
     }
 
-    /// An error that names whoever has one of these devices open.
-    fn refuse_held(&self, entries: &[DeviceEntry], action: &str) -> Result<()> {
-        let mut held = Vec::new();
+    /// Claims the devices of volumes, so that nobody has them and nobody can mount them. Waits for brief users. Its command
+    /// has the turn of the volumes.
+    fn claim(
+        &self,
+        entries: &[DeviceEntry],
+        action: &str,
+        patience: &Patience,
+    ) -> Result<Vec<Option<Claim>>> {
         for entry in entries {
-            let holders = ublk::holders(entry.state.dev_id);
-            let holders: Vec<String> = holders.iter().map(said_of).collect();
-            if !holders.is_empty() {
-                let (path, node) = (&entry.path, entry.node());
-                held.push(format!(
-                    "{}/{path}: {node} is {}",
-                    self.name,
-                    holders.join(", ")
-                ));
-            }
+            ublk::refuse_stuck(entry.state.dev_id)?;
         }
-        if held.is_empty() {
-            return Ok(());
-        }
-        Err(Error::with(
-            ErrorKind::Busy,
-            format!(
-                "{}; cannot {action} it, unmount or close it first",
-                held.join("; ")
-            ),
-        ))
+        let subjects: Vec<Subject> = entries.iter().map(|entry| self.subject(entry)).collect();
+        claim::claim(&subjects, action, patience)
     }
 
-    /// Keeps a device from everybody; an error that names whoever has it.
-    pub(super) fn claim(&self, entry: &DeviceEntry, action: &str) -> Result<ublk::Claim> {
-        let dev_id = entry.state.dev_id;
-        let claim = ublk::Claim::take(dev_id)?;
-        if let Some(claim) = claim.filter(|_| ublk::sharers(dev_id).is_empty()) {
-            return Ok(claim);
+    /// Claims a device and makes sure that nobody gets it. Waits for brief users.
+    pub(super) fn sealed(&self, entry: &DeviceEntry, action: &str) -> Result<Claim> {
+        let patience = Patience::default();
+        loop {
+            let claims = self.claim(std::slice::from_ref(entry), action, &patience)?;
+            let Some(mut claim) = claims.into_iter().next().flatten() else {
+                let (name, path, node) = (&self.name, &entry.path, entry.node());
+                let fact = format!("{name}/{path}: {node} is gone; detach and attach it");
+                return Err(Error::with(ErrorKind::NotFound, fact));
+            };
+            match claim::seal(&mut claim, &self.subject(entry), action) {
+                Ok(()) => return Ok(claim),
+                Err(e) if e.kind() == ErrorKind::Busy && !patience.is_over() => claim.release()?,
+                Err(e) => return Err(e),
+            }
         }
-        // Who it is takes a look at all there is, so only where there is somebody.
-        self.refuse_held(std::slice::from_ref(entry), action)?;
-        let (path, node) = (&entry.path, entry.node());
-        let fact = format!(
-            "{}/{path}: {node} was in use just now; try again",
-            self.name
-        );
-        Err(Error::with(ErrorKind::Busy, fact))
+    }
+
+    fn subject(&self, entry: &DeviceEntry) -> Subject {
+        Subject {
+            name: format!("{}/{}", self.name, entry.path),
+            dev_id: entry.state.dev_id,
+        }
     }
 
     pub(super) fn detach(&self, selection: &Selection, force: bool) -> Result<Reply> {
@@ -187,16 +202,31 @@ impl Host {
         };
         let scopes = paths.iter().cloned().map(Scope::One);
         let _turn = self.turn("detach", scopes.collect())?;
-        let entries = self.detachable(&paths, force)?;
-        for entry in &entries {
-            ublk::refuse_stuck(entry.state.dev_id)?;
-        }
-        self.refuse_held(&entries, "detach")?;
+        let patience = Patience::default();
+        let mut left = self.detachable(&paths, force)?;
         let mut rows = Vec::new();
-        for path in &paths {
-            rows.extend(self.detach_one(path)?);
+        loop {
+            let claims = self.claim(&left, "detach", &patience)?;
+            let mut busy = None;
+            let mut again = Vec::new();
+            for (entry, claim) in left.into_iter().zip(claims) {
+                match self.detach_one(&entry.path, claim) {
+                    Ok(row) => rows.extend(row),
+                    // Opened since the claim.
+                    Err(e) if e.kind() == ErrorKind::Busy => {
+                        busy = Some(e);
+                        again.push(entry);
+                    }
+                    Err(e) => return Err(e),
+                }
+            }
+            left = again;
+            match busy {
+                None => return Ok(Reply::Devices(rows)),
+                Some(e) if patience.is_over() => return Err(e),
+                Some(_) => {}
+            }
         }
-        Ok(Reply::Devices(rows))
     }
 
     /// The devices of these volumes and snapshots, where nothing but their users can keep them from being detached.
@@ -220,7 +250,7 @@ impl Host {
     }
 
     /// Takes a device away. Its command has the turn of its volume, and no lock: this may take minutes.
-    fn detach_one(&self, path: &VolumePath) -> Result<Option<DeviceRow>> {
+    fn detach_one(&self, path: &VolumePath, claim: Option<Claim>) -> Result<Option<DeviceRow>> {
         let (entry, row, service) = {
             let mut devices = self.devices();
             let Some(slot) = devices.find_mut(path) else {
@@ -230,12 +260,15 @@ impl Host {
             let service = std::mem::replace(&mut slot.service, Service::Detaching);
             (slot.entry.clone(), row, service)
         };
-        let (flushed, removed) = self.take_away(&entry, service);
+        let (flushed, removed) = self.take_away(&entry, service, claim);
         let mut devices = self.devices();
         if let Err((service, e)) = removed {
             if let Some(slot) = devices.find_mut(path) {
                 slot.service = service;
-                slot.fault = Some(one_line(&e));
+                // Who uses the device is no fault of the device.
+                if e.kind() != ErrorKind::Busy {
+                    slot.fault = Some(one_line(&e));
+                }
             }
             return Err(e);
         }
@@ -257,18 +290,35 @@ impl Host {
         &self,
         entry: &DeviceEntry,
         service: Service,
+        mut claim: Option<Claim>,
     ) -> (Result<()>, std::result::Result<(), (Service, Error)>) {
+        let sealed = match &mut claim {
+            Some(claim) => claim::seal(claim, &self.subject(entry), "detach"),
+            None => Ok(()),
+        };
+        if let Err(e) = sealed {
+            // Not by dropping it: whoever hears of it may mount the device at once.
+            let released = claim.map_or(Ok(()), Claim::release);
+            return (released, Err((service, e)));
+        }
         let served = match service {
             Service::Served(served) => served,
             Service::Attaching | Service::Detaching | Service::Waiting => {
-                let forgotten = ublk::forget(entry.state.dev_id);
+                let release = || claim.map_or(Ok(()), Claim::release);
+                let forgotten = ublk::forget(entry.state.dev_id, release);
                 return (Ok(()), forgotten.map_err(|e| (Service::Waiting, e)));
             }
         };
         let attached = served.attached().clone();
+        // What an opener left in the page cache who closed the device after it was claimed.
+        let written = claim.as_mut().map_or(Ok(()), Claim::flush);
+        if written.is_err() {
+            // What the kernel tries to write once more shall fail at once.
+            attached.stop_waiting();
+        }
         // A pool whose flush fails must not keep its devices for ever, so the device goes all the same.
-        let flushed = block_on(attached.flush(&self.device));
-        if let Err(e) = served.stop() {
+        let flushed = written.and(block_on(attached.flush(&self.device)));
+        if let Err(e) = served.stop(|| claim.map_or(Ok(()), Claim::release)) {
             return (flushed, Err((Service::Served(served), e)));
         }
         // Only commands that have the volume's turn share it.
@@ -437,17 +487,12 @@ impl Host {
     }
 }
 
-/// Who holds a device. Who sees its mount is worth saying only where that is not the machine's own mount namespace,
-/// where everybody looks first.
-fn said_of(holder: &Holder) -> String {
-    let mounts_of = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-    match holder {
-        Holder::Mount {
-            at,
-            seen_by: Some(process),
-        } if mounts_of(process.pid) == mounts_of(1) => format!("mounted on {at}"),
-        Holder::Mount { .. } | Holder::Swap | Holder::Device { .. } | Holder::Process(_) => {
-            holder.to_string()
-        }
+/// Waits for the nodes of a device's partitions. The device serves without them too, so a failure is only logged.
+fn await_partitions(dev_id: u32) {
+    if let Err(e) = claim::await_partitions(dev_id) {
+        warn!(
+            "/dev/ublkb{dev_id}: its partitions may come late: {}",
+            one_line(&e)
+        );
     }
 }

@@ -1,6 +1,7 @@
 //! Changing volumes and the pool itself.
 
 use super::{Host, whole};
+use crate::claim::Claim;
 use crate::exit_code::one_line;
 use crate::protocol::{Judged, Pruned, Reply, Resized};
 use crate::retention::{self, Policy, Rule};
@@ -117,23 +118,18 @@ impl Host {
         let Some((entry, served)) = device else {
             return block_on(self.pool.rollback(&self.device, snapshot)).map(|()| Reply::Done);
         };
-        ublk::refuse_stuck(entry.state.dev_id)?;
-        let claim = self.claim(&entry, "roll back")?;
+        let mut claim = self.sealed(&entry, "roll back")?;
+        // Dirty pages of before belong to the state of before, and must not be written after the rollback. Who uses a page
+        // that cannot be dropped would go on reading it.
+        claim.flush()?;
+        claim.drop_cached_pages()?;
         let size_before = served.attached().bytes();
         block_on(self.pool.rollback(&self.device, snapshot))?;
-        claim.drop_cached_pages()?;
-        udev::announce_change(entry.state.dev_id);
-        let size = served.attached().bytes();
-        if size != size_before && !served.update_size(size)? {
-            return Err(Error::with(
-                ErrorKind::Unsupported,
-                format!(
-                    "{}/{path}: rolled back, but the kernel cannot give {} the size of then; detach and attach it",
-                    self.name,
-                    entry.node()
-                ),
-            ));
-        }
+        let shown = show_rolled_back(&served, &mut claim, size_before);
+        shown.and_then(|()| claim.release()).map_err(|e| {
+            let said = format!("{}/{path}: rolled back, but {}", self.name, one_line(&e));
+            Error::with(e.kind(), said)
+        })?;
         Ok(Reply::Done)
     }
 
@@ -142,4 +138,24 @@ impl Host {
         self.device.file().extend(bytes)?;
         block_on(self.pool.grow(&self.device, bytes / BLOCK_BYTES)).map(|()| Reply::Done)
     }
+}
+
+/// Makes the kernel see what a volume holds after a rollback: its bytes, its size, its partitions.
+fn show_rolled_back(served: &ublk::Served, claim: &mut Claim, size_before: u64) -> Result<()> {
+    claim.drop_cached_pages()?;
+    // udev looks at the device after each of the next steps.
+    claim.unseal()?;
+    let size = served.attached().bytes();
+    if size != size_before && !served.update_size(size)? {
+        return Err(Error::with(
+            ErrorKind::Unsupported,
+            format!(
+                "the kernel cannot give {} the size of then; detach and attach it",
+                served.path().display()
+            ),
+        ));
+    }
+    claim.reread_partitions()?;
+    udev::announce_change(served.dev_id());
+    Ok(())
 }

@@ -12,8 +12,8 @@
 //!    volume by its tag's task (`request`), which works on the pool's file through the same ring (`ring_device`). What it
 //!    waits for in another thread wakes this one (`wake`). The bytes are in the client's pages (`registered`), or in
 //!    buffers (`arena`) that the driver copies from and to. The result goes back with the next fetch of that tag.
-//! 5. [`Served::stop`] stops the device, which answers everything first. [`Served::delete`] waits until the fetches, the
-//!    threads and the rings have ended, and then deletes the device.
+//! 5. A [`Claim`] sees that nobody has the device. [`Served::stop`] stops it, which answers everything first.
+//!    [`Served::delete`] waits until the fetches, the threads and the rings have ended, and then deletes the device.
 //! 6. Or the process dies, or [`Served::abandon`]s the device. The kernel sees the rings close, keeps the block device,
 //!    and parks its requests, those under way too. [`Served::recover`] in the next process fetches again, and the parked
 //!    requests come. A write that was under way may so be carried out twice.
@@ -26,7 +26,9 @@ mod driver;
 mod fetch;
 mod holders;
 mod mark;
+mod nodes;
 mod params;
+mod partitions;
 mod queue;
 mod recover;
 mod registered;
@@ -40,10 +42,11 @@ mod sysfs;
 mod task;
 mod wake;
 
-pub use claim::Claim;
+pub use claim::{Claim, Claimed};
 pub use control::refuse_stuck;
 pub use driver::{Check, Driver, driver};
-pub use holders::{Holder, holders, sharers};
+pub use holders::{Holder, Process};
+pub use partitions::await_partitions;
 pub use recover::{KernelDevice, Phase, device_state, forget, is_gone, orphans};
 pub use served::{DeviceOptions, DeviceState, Served};
 pub use stack::{FileSystem, Layer, MountPoint, Stack};

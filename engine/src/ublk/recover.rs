@@ -4,7 +4,7 @@ use super::command::Commands;
 use super::control::Ask;
 use super::mark::{self, is_ours};
 use super::served::DeviceState;
-use super::{block_path, char_path, holders, params, steps, sysfs};
+use super::{block_path, holders, params, steps, sysfs};
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Attached;
 use libublk::sys;
@@ -94,7 +94,7 @@ pub fn is_gone(noted: &DeviceState) -> Result<bool> {
 /// nobody else would clean it away. False if the device is not like that.
 fn clear_dead(device: &KernelDevice) -> Result<bool> {
     let dev_id = device.state.dev_id;
-    let is_dead = device.phase == Phase::Dead && holders::openers(&char_path(dev_id)).is_empty();
+    let is_dead = device.phase == Phase::Dead && holders::servers(dev_id).is_empty();
     if is_dead {
         steps::delete(dev_id)?;
     }
@@ -127,7 +127,7 @@ pub fn orphans() -> Result<Vec<KernelDevice>> {
     for dev_id in sysfs::devices() {
         if let Some(device) = device_state(dev_id)?
             && device.is_ours
-            && holders::openers(&char_path(dev_id)).is_empty()
+            && holders::servers(dev_id).is_empty()
         {
             orphans.push(device);
         }
@@ -136,8 +136,9 @@ pub fn orphans() -> Result<Vec<KernelDevice>> {
 }
 
 /// Deletes a device whose daemon is gone: its parked requests fail, and what was not flushed from the page cache is lost.
-/// Refused while its daemon lives, and for another program's device.
-pub fn forget(dev_id: u32) -> Result<()> {
+/// Refused while its daemon lives, and for another program's device. The caller has sealed it with a
+/// [`Claim`](super::Claim), and `release` gives the claim back.
+pub fn forget(dev_id: u32, release: impl FnOnce() -> Result<()>) -> Result<()> {
     let shown = block_path(dev_id);
     let shown = shown.display();
     let Some(device) = device_state(dev_id)? else {
@@ -146,11 +147,11 @@ pub fn forget(dev_id: u32) -> Result<()> {
     if !device.is_ours {
         return Err(foreign(dev_id));
     }
-    if let Some(daemon) = holders::openers(&char_path(dev_id)).first() {
-        let message = format!("{shown}: is served by {daemon}; stop that first");
+    if let Some(server) = holders::servers(dev_id).first() {
+        let message = format!("{shown}: its control file is {server}; stop that daemon first");
         return Err(Error::with(ErrorKind::Busy, message));
     }
-    steps::stop(dev_id)?;
+    steps::stop(dev_id, release)?;
     steps::delete(dev_id)
 }
 

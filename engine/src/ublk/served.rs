@@ -5,7 +5,7 @@ use super::control::Ask;
 use super::params::{self, Geometry};
 use super::queue::{Queue, Work};
 use super::steps::{self, Opened};
-use super::{block_path, mark, recover, sysfs};
+use super::{block_path, holders, mark, recover, sysfs};
 use crate::device::PoolFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::pool::Attached;
@@ -306,17 +306,17 @@ impl Served {
         })
     }
 
-    /// Stops the device: `/dev/ublkbN` is gone on return. The caller has seen that nobody holds it. If this fails, the
-    /// queues go on serving, and it can be tried again. Blocks.
-    pub fn stop(&self) -> Result<()> {
-        self.attached().stop_waiting();
+    /// Stops the device: `/dev/ublkbN` is gone on return. If this fails, the queues go on serving, and it can be tried
+    /// again. The caller has sealed the device with a [`Claim`](super::Claim), and `release` gives the claim back. Blocks.
+    pub fn stop(&self, release: impl FnOnce() -> Result<()>) -> Result<()> {
         // The queues serve until this returned: what is dirty in the page cache comes first.
-        steps::stop(self.state.dev_id)
+        steps::stop(self.state.dev_id, release)
     }
 
     /// Deletes a device that was stopped. Blocks.
     pub fn delete(self) -> Result<()> {
         let dev_id = self.state.dev_id;
+        self.attached().stop_waiting();
         self.end_queues(false)?;
         steps::delete(dev_id)?;
         tracing::info!(device = %block_path(dev_id).display(), "removed");
@@ -339,9 +339,18 @@ impl Served {
     /// Takes a device that never became usable away again.
     fn give_up(self) {
         let dev_id = self.state.dev_id;
-        let removed = steps::stop(dev_id)
-            .and_then(|()| self.end_queues(true))
-            .and_then(|()| steps::delete(dev_id));
+        // The kernel may have started it all the same, and somebody may have found it: then it stays, for `recover`.
+        let holders = holders::holders(dev_id);
+        let stopped = match holders.first() {
+            None => steps::stop(dev_id, || Ok(())),
+            Some(holder) => {
+                let shown = block_path(dev_id);
+                let fact = format!("{}: stays, it is {holder}", shown.display());
+                Err(Error::with(ErrorKind::Busy, fact))
+            }
+        };
+        let ended = self.end_queues(true);
+        let removed = stopped.and(ended).and_then(|()| steps::delete(dev_id));
         if let Err(error) = removed {
             tracing::warn!("{error}");
         }

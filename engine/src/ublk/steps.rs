@@ -197,14 +197,20 @@ fn cannot_add(error: &UblkError, dev_id: Option<u32>) -> Error {
     }
 }
 
-/// Removes the block device once its requests are answered; nothing to do if it is gone.
-pub(super) fn stop(dev_id: u32) -> Result<()> {
+/// Removes the block device once its requests are answered: the one place where a device is stopped. Nothing to do if it is
+/// gone. The caller has sealed the device with a [`Claim`](super::Claim), so nobody has it and nobody can get it;
+/// `release` gives the claim back.
+///
+/// `TRY_STOP_DEV` of 7.0 is not used: docs/decisions/claim-before-stop.md says why.
+pub(super) fn stop(dev_id: u32, release: impl FnOnce() -> Result<()>) -> Result<()> {
     finish(
         dev_id,
         &Ask::of(dev_id, "STOP_DEV").within(STOP_LIMIT),
         "stopped",
         Commands::stop,
-    )
+    )?;
+    // Before the device is deleted, which waits for everybody who has it open.
+    release()
 }
 
 /// Makes the driver forget a device that nobody serves, and waits until its files are gone.

@@ -1,8 +1,11 @@
 //! What the kernel shows of ublk devices below `/sys` and `/dev`.
 
 use super::block_path;
+use crate::error::{Error, Result};
 use crate::units::SECTOR_BYTES;
+use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -51,6 +54,36 @@ pub(super) fn size(dev_id: u32) -> Option<u64> {
         .parse::<u64>()
         .ok()?
         .checked_mul(SECTOR_BYTES)
+}
+
+/// The kernel's name for a block device.
+pub(super) fn block_name(dev_id: u32) -> OsString {
+    OsString::from(format!("ublkb{dev_id}"))
+}
+
+/// The folder of a device's control file.
+pub(super) fn control_folder(dev_id: u32) -> PathBuf {
+    Path::new(CLASS).join(format!("ublkc{dev_id}"))
+}
+
+/// The names of a block device's partitions: `ublkbNp1`, ...; none if there is no such device.
+pub(super) fn partitions(dev_id: u32) -> Result<Vec<OsString>> {
+    let folder = block_folder(dev_id);
+    let failed = |e| Error::io(e, format!("{}: cannot be read", folder.display()));
+    let prefix = format!("ublkb{dev_id}p");
+    let mut names = Vec::new();
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(names),
+        Err(e) => return Err(failed(e)),
+    };
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        if name.as_encoded_bytes().starts_with(prefix.as_bytes()) {
+            names.push(name);
+        }
+    }
+    Ok(names)
 }
 
 /// Takes the I/O scheduler away from a block device.

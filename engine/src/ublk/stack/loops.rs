@@ -61,18 +61,9 @@ fn backing(name: &str, file: &Path, mounts: &Mounts) -> io::Result<Option<Backin
         // In a container the node may be missing; the file may still be in sight.
         return by_path(file, mounts).map(Some);
     };
-    let mut status: Status = [0; 29];
-    // SAFETY: the ioctl writes a `loop_info64`, 232 bytes, to which the pointer leads.
-    let done = unsafe { libc::ioctl(opened.as_raw_fd(), LOOP_GET_STATUS64, status.as_mut_ptr()) };
-    if done != 0 {
-        let error = io::Error::last_os_error();
-        return if is_gone(&error) {
-            Ok(None)
-        } else {
-            Err(error)
-        };
-    }
-    let [file_system, _, device, ..] = status;
+    let Some([file_system, _, device, ..]) = status(&opened)? else {
+        return Ok(None);
+    };
     if device != 0 {
         return Ok(Some(Backing::Device(Number::of_device(device))));
     }
@@ -84,6 +75,30 @@ fn backing(name: &str, file: &Path, mounts: &Mounts) -> io::Result<Option<Backin
     Ok(Some(
         by_path.flatten().unwrap_or(Backing::File(file_system)),
     ))
+}
+
+/// What the kernel says of a loop device; none if it is not in use.
+fn status(opened: &File) -> io::Result<Option<Status>> {
+    let mut status: Status = [0; 29];
+    // SAFETY: the ioctl writes a `loop_info64`, 232 bytes, to which the pointer leads.
+    match unsafe { libc::ioctl(opened.as_raw_fd(), LOOP_GET_STATUS64, status.as_mut_ptr()) } {
+        0 => Ok(Some(status)),
+        _ => match io::Error::last_os_error() {
+            e if is_gone(&e) => Ok(None),
+            e => Err(e),
+        },
+    }
+}
+
+/// The block device that a loop device is over; none if it is over a file, or not in use.
+pub(in crate::ublk) fn device_below(node: &Path) -> io::Result<Option<(u32, u32)>> {
+    let opened = match File::open(node) {
+        Ok(opened) => opened,
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let device = status(&opened)?.map_or(0, |[_, _, device, ..]| device);
+    Ok((device != 0).then(|| (libc::major(device), libc::minor(device))))
 }
 
 fn by_path(file: &Path, mounts: &Mounts) -> io::Result<Backing> {

@@ -5,7 +5,7 @@
 //! that no process shows: the kernel gives a device to one holder only, and tells that there is one.
 
 mod block;
-mod loops;
+pub(super) mod loops;
 mod mounts;
 
 pub use mounts::{FileSystem, MountPoint};

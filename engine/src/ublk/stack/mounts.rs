@@ -1,7 +1,7 @@
 //! Mounted file systems, in every mount namespace that has a process.
 
 use super::block::{self, Number, is_gone};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::ublk::holders::{Mount, processes, unescape};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -88,8 +88,10 @@ impl Mounts {
     pub(super) fn of_all_processes() -> Result<Self> {
         let mut seen = Vec::new();
         let mut views = BTreeSet::new();
+        let pids = processes().map_err(|unseen| Error::with(ErrorKind::Io, unseen.to_string()))?;
+        let others = pids.iter().map(|pid| PathBuf::from(format!("/proc/{pid}")));
         let this = std::iter::once(PathBuf::from("/proc/self"));
-        for process in this.chain(processes().map(|(_, folder)| folder)) {
+        for process in this.chain(others) {
             match view(&process) {
                 Ok(view) => {
                     if views.insert(view) {
