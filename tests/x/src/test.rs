@@ -15,7 +15,7 @@ use crate::{command, power_cut, scorecard, setup};
 
 /// Where the suites find udev in the guest.
 const UDEV: &str = "/udev";
-const LIMIT: Duration = Duration::from_secs(20 * 60);
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// What is tested.
 #[derive(Debug, Default, clap::Args)]
