@@ -159,7 +159,8 @@ fn look(
 ) -> Vec<Holder> {
     watched(move |found| {
         let target = Target::of(dev_id).map_err(|e| Holder::Unseen(e.to_string()));
-        if let Some(target) = noted(found, target) {
+        // Nobody can have a device that the kernel does not have, so then nothing is looked at that might be unreadable.
+        if let Some(target) = noted(found, target).filter(Target::is_there) {
             add(&target, found);
         }
     })

@@ -39,6 +39,11 @@ impl Target {
         Ok(target)
     }
 
+    /// Whether the kernel has the device or a partition of it.
+    pub(super) fn is_there(&self) -> bool {
+        !self.numbers.is_empty()
+    }
+
     /// What to look for in processes; `files` of its file systems too.
     pub(super) fn sought(&self, files: bool) -> Sought {
         Sought::block_devices(self.numbers.clone(), files)
