@@ -214,7 +214,6 @@ impl Host {
     }
 
     fn status(&self) -> Status {
-        let devices = self.devices();
         let mut pool = self.pool.status();
         let short = self.marks.lock().warning(&pool);
         pool.warnings.extend(short);
@@ -223,8 +222,10 @@ impl Host {
             let fact = "is on a read-only medium; volumes and snapshots are served for reading";
             pool.warnings.push(format!("{shown}: {fact}"));
         }
+        // Before the devices are locked: a look at the file's path waits where a network file system does not answer.
         let misplaced = self.misplaced();
         pool.warnings.extend(misplaced.clone());
+        let devices = self.devices();
         Status {
             pool,
             read_only: self.role == Role::Daemon && self.pool.is_read_only(),
