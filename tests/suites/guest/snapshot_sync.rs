@@ -19,7 +19,8 @@ impl NoWriteback {
             read("dirty_writeback_centisecs"),
             read("dirty_expire_centisecs"),
         );
-        shell("echo 0 > /proc/sys/vm/dirty_writeback_centisecs");
+        // An hour. With 0 some kernels write a new device's first pages back at once.
+        shell("echo 360000 > /proc/sys/vm/dirty_writeback_centisecs");
         shell("echo 360000 > /proc/sys/vm/dirty_expire_centisecs");
         before
     }
