@@ -8,7 +8,7 @@ use crate::device::memory::{Call, Memory, now};
 use crate::device::{Access, BlockBuf, FileDevice, PoolFile};
 use crate::limits::METADATA_CACHE_BYTES_MIN;
 use crate::name::VolumePath;
-use smol::future::yield_now;
+use std::future::poll_fn;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -19,6 +19,19 @@ const LEAF: u64 = 512;
 
 /// A device that answers each read at the second poll, so that others can do something before it.
 struct Hesitant<'a>(&'a Memory);
+
+/// Gives way once.
+async fn yield_now() {
+    let mut has_yielded = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut has_yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
 
 impl Device for Hesitant<'_> {
     async fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
